@@ -1,0 +1,64 @@
+"""FISH-Tuning: score PEFT parameters by Fisher information and train exactly the k that matter."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fish_tuning.config import FishConfig, get_fish_model
+    from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
+    from fish_tuning.mask import FishMask
+    from fish_tuning.selection import (
+        create_mask_from_fisher,
+        magnitude_scores,
+        random_scores,
+        reversed_scores,
+    )
+    from fish_tuning.sparse import apply_mask, get_mask, remove_mask
+    from fish_tuning.trainer import FishTuningCallback, FishTuningTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FishConfig",
+    "FishMask",
+    "FishTuningCallback",
+    "FishTuningTrainer",
+    "apply_mask",
+    "calculate_fisher_information",
+    "create_mask_from_fisher",
+    "get_fish_model",
+    "get_mask",
+    "magnitude_scores",
+    "random_scores",
+    "remove_mask",
+    "reversed_scores",
+    "score_with_perturbed_b",
+]
+
+_HOMES = {
+    "FishConfig": "config",
+    "FishMask": "mask",
+    "FishTuningCallback": "trainer",
+    "FishTuningTrainer": "trainer",
+    "apply_mask": "sparse",
+    "calculate_fisher_information": "fisher",
+    "create_mask_from_fisher": "selection",
+    "get_fish_model": "config",
+    "get_mask": "sparse",
+    "magnitude_scores": "selection",
+    "random_scores": "selection",
+    "remove_mask": "sparse",
+    "reversed_scores": "selection",
+    "score_with_perturbed_b": "fisher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line imports this package, and --help must not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Experiments: one YAML in, a fair comparison out."""

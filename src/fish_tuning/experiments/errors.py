@@ -1,0 +1,23 @@
+"""The one error for anything a user can mend in a config file or in the data it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with an experiment's config or data, in one message.
+
+    Args:
+        problems: One sentence a problem: where, the value, what is allowed, what to do.
+        source: The file the problems are in.
+    """
+
+    def __init__(self, problems: str | Sequence[str], source: str | None = None) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        if source is None and len(self.problems) == 1:
+            text = self.problems[0]
+        else:
+            text = "\n  - ".join([f"{source or 'config'}: {count}", *self.problems])
+        super().__init__(text)

@@ -1,0 +1,106 @@
+"""Say in the user's words what pydantic found wrong with a config."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fish_tuning.experiments.schema import ExperimentConfig, PeerConfig
+from fish_tuning.experiments.training_args import FieldProblems, argument_types
+
+
+def describe(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
+    """Describe pydantic's errors: one line a place, with value, what is allowed, what to do."""
+    said: dict[str, list[str]] = {}
+    hints: dict[str, str] = {}
+    for details in error.errors(include_url=False):
+        path, hint = _locate(details, raw)
+        cause = (details.get("ctx") or {}).get("error")
+        if isinstance(cause, FieldProblems):
+            for name, text in cause.problems.items():
+                said.setdefault(f"{path}.{name}".lstrip("."), []).append(text)
+        elif details["type"] == "extra_forbidden":
+            said.setdefault(path, []).append(_unknown_key(path))
+        elif details["type"] == "missing":
+            said.setdefault(path, []).append("is required")
+            hints[path] = hint
+        else:
+            # The members of a union each report the same value.
+            first = path not in said
+            value = f"{reprlib.repr(details['input'])} " if first else ""
+            message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            said.setdefault(path, []).append(value + message)
+            if cause is None:
+                hints[path] = hint
+    return [
+        f"{path}: {' or '.join(texts)}" + (f". {hints[path]}" if hints.get(path) else "")
+        for path, texts in said.items()
+    ]
+
+
+def _locate(details: ErrorDetails, raw: Any) -> tuple[str, str]:
+    """Return an error's dotted path in the YAML, and the description of its field.
+
+    Pydantic's own location also holds the members of unions, which are no part of the YAML.
+    """
+    path, hint = "", ""
+    schema: type[BaseModel] | None = ExperimentConfig
+    *_, last = details["loc"] or ("",)
+    for step in details["loc"]:
+        inside = (isinstance(raw, Mapping) and step in raw) or (
+            isinstance(raw, list) and isinstance(step, int) and step < len(raw)
+        )
+        if not inside and not (step == last and details["type"] == "missing"):
+            continue
+        raw = raw[step] if inside else None
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+        if schema is not None and isinstance(step, str) and step in schema.model_fields:
+            field = schema.model_fields[step]
+            hint = field.description or ""
+            schema = _section_of(field.annotation)
+    return path.lstrip("."), hint
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, or holds a list of."""
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _unknown_key(path: str) -> str:
+    """Say which known key an unknown one was probably meant to be."""
+    parent, _, key = path.rpartition(".")
+    known = _known_paths(ExperimentConfig)
+    prefix = re.sub(r"\[\d+\]", "[]", f"{parent}." if parent else "")
+    siblings = [p.removeprefix(prefix) for p in known if p.startswith(prefix)]
+    siblings = [name for name in siblings if "." not in name]
+    leaves = {name: f"training.args_override.{name}" for name in argument_types()}
+    leaves |= {p.rpartition(".")[2]: p for p in known}
+    here = difflib.get_close_matches(key, siblings, n=1)
+    elsewhere = difflib.get_close_matches(key, leaves, n=1, cutoff=0.8)
+    meant = None
+    if here and key not in leaves:
+        meant = f"{parent}.{here[0]}".lstrip(".")
+    elif elsewhere:
+        meant = leaves[elsewhere[0]]
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    return f"unknown key{hint} (here are known: {', '.join(siblings)})"
+
+
+def _known_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in schema.model_fields.items():
+        paths.append(prefix + name)
+        section = _section_of(field.annotation)
+        if section is not None:
+            mark = "[]" if section is PeerConfig else ""
+            paths += _known_paths(section, f"{prefix}{name}{mark}.")
+    return paths

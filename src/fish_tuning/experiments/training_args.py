@@ -1,0 +1,180 @@
+"""Check the arguments meant for transformers.TrainingArguments, without importing transformers."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ARGS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "num_train_epochs": 3.0,
+    "weight_decay": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "report_to": "none",
+}
+"""Training arguments where neither base_config.yaml nor the experiment says otherwise."""
+
+_RENAMED = {
+    "adafactor": "optim",
+    "evaluation_strategy": "eval_strategy",
+    "fp16_backend": None,
+    "fp16_opt_level": None,
+    "group_by_length": "train_sampling_strategy",
+    "half_precision_backend": None,
+    "include_tokens_per_second": None,
+    "jit_mode_eval": None,
+    "logging_dir": None,
+    "mp_parameters": None,
+    "no_cuda": "use_cpu",
+    "overwrite_output_dir": None,
+    "past_index": None,
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "ray_scope": None,
+    "save_safetensors": None,
+    "torchdynamo": "torch_compile_backend",
+    "tpu_num_cores": None,
+    "use_ipex": None,
+    "use_legacy_prediction_loop": None,
+    "use_mps_device": None,
+    "warmup_ratio": "warmup_steps",
+}
+"""Names of older transformers to today's; None where the argument is gone and nothing is lost."""
+
+# Old switches whose successor takes a name; switched off, they say nothing.
+_SWITCHES = {"adafactor": "adafactor", "group_by_length": "group_by_length"}
+
+_SET_ELSEWHERE = {
+    "output_dir": "training.output_dir",
+    "seed": "seeds",
+    "data_seed": "seeds",
+    "label_names": "dataset.label_names",
+    "resume_from_checkpoint": "nothing: a rerun of the command resumes by itself",
+}
+
+_SIMPLE_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "int | None": int | None,
+    "float | None": float | None,
+    "bool | None": bool | None,
+    "str | None": str | None,
+}
+
+
+class FieldProblems(ValueError):
+    """Several problems of one part of a config.
+
+    Args:
+        problems: Path below that part to what is wrong there.
+    """
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        self.problems = dict(problems)
+        super().__init__("; ".join(f"{path}: {text}" for path, text in problems.items()))
+
+
+@functools.cache
+def argument_types() -> dict[str, str]:
+    """Return the fields of the installed transformers.TrainingArguments and their annotations.
+
+    They are read from its source: importing it takes longer than a wrong config may take to be
+    refused.
+    """
+    fields = _class_fields("transformers", "training_args.py", "TrainingArguments")
+    # A dataclass field is annotated; what is not is a constant of the class.
+    return {name: annotation for name, annotation in fields.items() if annotation}
+
+
+@functools.cache
+def peft_methods() -> tuple[str, ...]:
+    """Return the names of the installed PEFT's methods, read from its source."""
+    return tuple(_class_fields("peft", "utils/peft_types.py", "PeftType"))
+
+
+def rename_old(args: Mapping[Any, Any], path: str) -> tuple[dict[Any, Any], list[str]]:
+    """Replace argument names of older transformers, with a logged notice each.
+
+    Args:
+        args: The arguments as given.
+        path: Where they stand in the config, for what is said.
+
+    Returns:
+        The arguments under today's names, and a problem for each that is given under both.
+    """
+    renamed: dict[Any, Any] = {}
+    problems = []
+    for name, value in args.items():
+        if name not in _RENAMED or name in argument_types():
+            renamed[name] = value
+            continue
+        new = _RENAMED[name]
+        if new is None or (name in _SWITCHES and value is False):
+            logger.warning("%s.%s: transformers no longer has it; left out", path, name)
+        elif new in args:
+            problems.append(f"{path}.{name}: is the old name of {new}, given too; remove one")
+        else:
+            logger.warning("%s.%s: is called %s now; taken as that", path, name, new)
+            renamed[new] = _SWITCHES.get(name, value)
+    return renamed, problems
+
+
+def check_args(args: dict[str, Any]) -> dict[str, Any]:
+    """Check names and plain types of training arguments, and convert numbers written as text.
+
+    Raises:
+        FieldProblems: With every argument that is unknown, of the wrong type or set elsewhere.
+    """
+    types = argument_types()
+    checked, problems = {}, {}
+    for name, value in args.items():
+        if name in _SET_ELSEWHERE:
+            problems[name] = f"is set for each run; use {_SET_ELSEWHERE[name]} instead"
+        elif name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems[name] = f"is no argument of transformers.TrainingArguments{hint}"
+        elif types[name] in _SIMPLE_TYPES:
+            try:
+                if isinstance(value, bool) and "bool" not in types[name]:
+                    raise ValueError
+                checked[name] = TypeAdapter(_SIMPLE_TYPES[types[name]]).validate_python(value)
+            except ValueError:
+                problems[name] = f"{value!r} should be of type {types[name]}"
+        else:
+            checked[name] = value
+    if problems:
+        raise FieldProblems(problems)
+    return checked
+
+
+def _class_fields(package: str, file: str, name: str) -> dict[str, str]:
+    """Return the names assigned in a class body of an installed package, with annotations."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed", name=package)
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    fields = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            fields[node.target.id] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            fields[node.targets[0].id] = ""
+    return {name: kind for name, kind in fields.items() if not name.startswith("_")}

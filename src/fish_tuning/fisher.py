@@ -1,0 +1,317 @@
+"""Fisher information of every trainable parameter, from a model and a few batches."""
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fish_tuning.batches import Batch, Forward, batch_size, take
+from fish_tuning.likelihood import TokenReduction
+from fish_tuning.objective import Estimator, LossFunction, Objective
+from fish_tuning.per_example import NoRuleError, PerExampleGradients, zeros_for
+from fish_tuning.selection import LORA_SIDE
+
+logger = logging.getLogger(__name__)
+
+Statistic = Literal["squared", "absolute"]
+
+
+def calculate_fisher_information(
+    model: nn.Module,
+    calibration_dataloader: Iterable[Batch],
+    device: torch.device | str | None = None,
+    *,
+    estimator: Estimator = "empirical",
+    statistic: Statistic = "squared",
+    num_samples: int | None = None,
+    label_samples: int | None = None,
+    token_reduction: TokenReduction = "mean",
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Scores every trainable parameter by the diagonal of the Fisher information matrix.
+
+    F_j = 1/N sum_i E_y (d log p(y | x_i) / d theta_j)^2, FISH-Tuning (arXiv 2504.04050)
+    equation 3, FISH Mask (arXiv 2111.09839) equations 3 and 4. The square is of the gradient of
+    *one example*: batch size, padding and the order of the examples do not change the scores.
+    The gradients of a batch take one backward pass; a model with a parameter for which that has
+    no rule is scored one example at a time, and a warning says so.
+
+    Labels are read and losses computed as transformers models do: single-label classification,
+    multi-label classification, regression, token classification, causal and sequence-to-sequence
+    language models, -100 for positions without a label. The reading is compared with the model's
+    own loss on one example; a model with another loss is scored by it, one example at a time.
+
+    Everything borrowed comes back as it was, also after an exception: training mode, gradients,
+    the states of the random number generators. Dropout is off while scoring.
+
+    Args:
+        model: Any transformers or PEFT model, or an `nn.Module` whose output has `logits` or is
+            the logits.
+        calibration_dataloader: Batches; a `DataLoader` or any iterable of mappings, with
+            `labels` among the keys. Keys that the model does not take are dropped (logged once).
+        device: Where to score; the model is moved there and stays. By default where it is.
+        estimator: "empirical" takes y from the data. "true" takes the expectation over
+            y ~ p(y | x): exact for classifiers, multi-label classifiers and regression,
+            from drawn labels otherwise.
+        statistic: "squared", or "absolute" for the mean absolute gradient.
+        num_samples: How many examples to use; by default all.
+        label_samples: With the true estimator, draw that many labels for each example, even where
+            the exact expectation is known. By default 1 where it is not.
+        token_reduction: The log-likelihood of an example with many labelled tokens: their "mean",
+            as models are trained, or their "sum", log p of the whole sequence.
+        loss_fn: For other models: `loss_fn(outputs, batch)` returns one loss an example, (b,).
+            `batch` is the whole batch on the model's device.
+        seed: Seeds the drawn labels; each example has its own stream.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The scores by parameter name, as in `model.named_parameters()`: the parameter's shape and
+        device, float32 (float64 for float64 parameters).
+
+    Raises:
+        ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
+            a loss is not finite, or an argument is out of range.
+    """
+    for name, value, allowed in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("statistic", statistic, get_args(Statistic)),
+        ("token_reduction", token_reduction, get_args(TokenReduction)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+    for name, number in (("num_samples", num_samples), ("label_samples", label_samples)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}: at least 1, or None")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(
+            "the model has no trainable parameter: add an adapter, or set requires_grad on what "
+            "is to be scored"
+        )
+    if device is not None:
+        model.to(device)
+    objective = Objective(
+        Forward(model),
+        estimator=estimator,
+        power=2 if statistic == "squared" else 1,
+        label_samples=label_samples,
+        token_reduction=token_reduction,
+        loss_fn=loss_fn,
+        seed=seed,
+    )
+    scorer: _OnePass | _OneByOne | None = None
+    count = 0
+    bar = tqdm(total=num_samples, desc="Fisher", unit="example", disable=not progress)
+    with _borrowed(model), bar:
+        for batch in calibration_dataloader:
+            batch = objective.forward.on_device(batch)
+            size = batch_size(batch)
+            if num_samples is not None and count + size > num_samples:
+                size = num_samples - count
+                batch = take(batch, 0, size)
+            if scorer is None:
+                scorer = _scorer_for(model, parameters, objective, batch)
+            try:
+                scorer.add(batch, count)
+            except NoRuleError as reason:
+                # Only the first batch is checked, so nothing that was added is lost here.
+                scorer = _one_by_one(parameters, objective, reason)
+                scorer.add(batch, count)
+            count += size
+            bar.update(size)
+            if count == num_samples:
+                break
+    if scorer is None:
+        raise ValueError("the calibration dataloader is empty: give at least one example")
+    if num_samples is not None and count < num_samples:
+        logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
+    scores = {name: total.div_(count) for name, total in scorer.sums.items()}
+    _report_zeros(scores)
+    return scores
+
+
+def score_with_perturbed_b(
+    model: nn.Module,
+    calibration_dataloader: Iterable[Batch],
+    device: torch.device | str | None = None,
+    *,
+    std: float = 1e-3,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Scores LoRA at its usual start, where B = 0 hides what A could do.
+
+    With y = W x + c B A x and G_i = d log p(y_i | x_i) / dW the full weight's gradient,
+
+        d log p / dB = c G_i A^T,        d log p / dA = c B^T G_i,
+
+    so at B = 0 every score of A is 0. Here B ~ N(0, std^2) for the scoring pass alone, so small
+    that the model's function hardly moves. B's scores stay what they are at the start, and A's,
+    divided by std^2, are an estimate of
+
+        E[F_A[j, m]] / std^2 = c^2 mean_i sum_o G_i[o, m]^2,
+
+    the squared column norms of the full weight's per-example gradient, in which std no longer
+    occurs. Scores of A and of B have different scales: give each its share with
+    `create_mask_from_fisher(..., scope="balanced")`.
+
+    Whichever side of a LoRA pair is zero is perturbed (for embeddings in PEFT that is A); pairs
+    with no zero side are scored as they are.
+
+    Args:
+        model: A model with LoRA adapters.
+        calibration_dataloader: As in `calculate_fisher_information`.
+        device: As there.
+        std: Standard deviation of the perturbation.
+        seed: Seeds the perturbation (and drawn labels).
+        **options: Everything else that `calculate_fisher_information` takes.
+
+    Returns:
+        The scores by parameter name; those opposite a perturbed tensor are divided by std^2.
+
+    Raises:
+        ValueError: As in `calculate_fisher_information`; `std` is not above 0.
+    """
+    if not std > 0:
+        raise ValueError(f"std={std}: above 0")
+    zero_sides = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and LORA_SIDE.search(name) and not parameter.any()
+    }
+    if device is not None:
+        model.to(device)
+    # On the CPU, so that a seed means the same numbers on every device.
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for parameter in zero_sides.values():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(std * noise)
+        scores = calculate_fisher_information(model, calibration_dataloader, seed=seed, **options)
+    finally:
+        with torch.no_grad():
+            for parameter in zero_sides.values():
+                parameter.zero_()
+    power = 1 if options.get("statistic") == "absolute" else 2
+    for name in zero_sides:
+        if (opposite := _opposite_side(name)) in scores:
+            scores[opposite] /= std**power
+    return scores
+
+
+def _opposite_side(name: str) -> str:
+    """The name of a LoRA pair's other tensor."""
+    match = LORA_SIDE.search(name)
+    assert match is not None
+    return name[: match.start(1)] + ("A" if match[1] == "B" else "B") + name[match.end(1) :]
+
+
+class _OnePass:
+    """One backward pass a batch."""
+
+    def __init__(self, gradients: PerExampleGradients, objective: Objective) -> None:
+        self.gradients, self.objective = gradients, objective
+        self.sums = gradients.sums
+
+    def add(self, batch: Batch, first: int) -> None:
+        with self.gradients.watching():
+            losses = self.objective(batch, first)
+            for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
+                self.gradients.backward(loss, retain_graph=left > 0)
+
+
+class _OneByOne:
+    """One backward pass an example: always right, and slower."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], objective: Objective) -> None:
+        self.parameters, self.objective = parameters, objective
+        self.sums = zeros_for(parameters)
+
+    def add(self, batch: Batch, first: int) -> None:
+        for i in range(batch_size(batch)):
+            losses = self.objective(take(batch, i, i + 1), first + i)
+            for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
+                gradients = torch.autograd.grad(
+                    loss.sum(),
+                    [*self.parameters.values()],
+                    retain_graph=left > 0,
+                    allow_unused=True,
+                )
+                for total, gradient in zip(self.sums.values(), gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient.to(total.dtype).abs_().pow_(self.objective.power)
+
+
+def _scorer_for(
+    model: nn.Module, parameters: dict[str, nn.Parameter], objective: Objective, batch: Batch
+) -> _OnePass | _OneByOne:
+    """Looks at one example: which loss it has, and whether one pass a batch will do."""
+    gradients = None
+    look: AbstractContextManager[None]
+    reason: str | Exception = "the model's loss is none of those known by example"
+    try:
+        gradients = PerExampleGradients(model, parameters, objective.power)
+        look = gradients.checking_batch_axis()
+    except NoRuleError as error:
+        reason, look = error, nullcontext()
+    try:
+        with look:
+            objective.recognise(batch)
+    except NoRuleError as error:
+        return _one_by_one(parameters, objective, error)
+    if gradients is None or not objective.by_example:
+        return _one_by_one(parameters, objective, reason)
+    return _OnePass(gradients, objective)
+
+
+def _one_by_one(
+    parameters: dict[str, nn.Parameter], objective: Objective, reason: object
+) -> _OneByOne:
+    logger.warning("Scoring one example at a time, which is slower: %s", reason)
+    return _OneByOne(parameters, objective)
+
+
+@contextmanager
+def _borrowed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients; modes and random number generators are given back."""
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    device = next(model.parameters()).device
+    with (
+        torch.random.fork_rng(
+            devices=[] if device.type == "cpu" else [device], device_type=device.type
+        ),
+        torch.enable_grad(),
+    ):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _report_zeros(scores: dict[str, Tensor]) -> None:
+    zeros = [name for name, score in scores.items() if not score.any()]
+    if not zeros:
+        return
+    logger.warning(
+        "All scores are 0 for %d of %d tensors: %s. No information reached them from the loss. "
+        "The usual reason is LoRA's start: while B = 0 the gradient of A is 0. Then score with "
+        "score_with_perturbed_b and select with scope='balanced', score after some training "
+        "steps, or start from a B that is not 0 (PiSSA, OLoRA).",
+        len(zeros),
+        len(scores),
+        ", ".join(zeros),
+    )

@@ -1,0 +1,205 @@
+"""log p(y | x), one value an example: the likelihoods that models are trained with.
+
+A mean over a batch hides its examples, so losses are computed here from the logits. Each class
+knows its negative log-likelihood, how to draw labels from the model's own p(y | x), and, where
+the expectation over labels is a finite sum, that sum (the true Fisher information).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""The label of positions that are not part of the likelihood."""
+
+TokenReduction = Literal["mean", "sum"]
+
+
+class Likelihood(Protocol):
+    """A family p(y | logits) over batches."""
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        """Whether logits and labels have the shapes and types of this family."""
+        ...
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The negative log-likelihood of each example, shape (b,)."""
+        ...
+
+    def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
+        """Losses, shape (b,) each, with sum_j |grad loss_j|^power = E_y |grad log p(y | x)|^power.
+
+        None where that is no short sum; then labels have to be drawn.
+        """
+        ...
+
+    def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Labels from p(y | logits), each example's from its own generator."""
+        ...
+
+
+@dataclass(frozen=True)
+class SingleLabel:
+    """One class an example: logits (b, C), integer labels (b,)."""
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        return (
+            logits.dim() == 2
+            and logits.shape[1] > 1
+            and labels.shape == logits.shape[:1]
+            and not labels.is_floating_point()
+        )
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(_precise(logits), labels.long(), reduction="none")
+
+    def expectation(self, logits: Tensor, power: int) -> list[Tensor]:
+        """Every class in turn, weighted by its probability: sum_c p_c |grad log p_c|^power."""
+        log_p = F.log_softmax(_precise(logits), -1)
+        weights = log_p.detach().exp() ** (1 / power)
+        return [-weights[:, c] * log_p[:, c] for c in range(logits.shape[1])]
+
+    def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        uniform = torch.stack([torch.rand((), generator=g) for g in generators])
+        return _inverse_cdf(logits, uniform)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One class a token: logits (b, t, C), integer labels (b, t), -100 where there is none.
+
+    Attributes:
+        shifted: Whether the logits of a position are for the next one (causal language models).
+        reduction: "mean" over an example's labelled tokens, as models are trained, or "sum", the
+            log-likelihood of its whole label sequence.
+    """
+
+    shifted: bool
+    reduction: TokenReduction = "mean"
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        return (
+            logits.dim() == 3
+            and labels.dim() == 2
+            and len(labels) == len(logits)
+            and labels.shape[1] <= logits.shape[1]
+            and not labels.is_floating_point()
+        )
+
+    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # Prompt tuning's virtual tokens stand before the labelled ones.
+        labels = F.pad(labels.long(), (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
+        return (logits[:, :-1], labels[:, 1:]) if self.shifted else (logits, labels)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits, labels = self._aligned(logits, labels)
+        losses = F.cross_entropy(
+            _precise(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        ).sum(1)
+        if self.reduction == "sum":
+            return losses
+        return losses / (labels != IGNORED).sum(1).clamp(min=1)
+
+    def expectation(self, logits: Tensor, power: int) -> None:
+        return None
+
+    def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        drawn = labels.clone()
+        logits, labels = self._aligned(logits, labels)
+        labelled = labels != IGNORED
+        # As many numbers as labelled tokens, so that padding does not move the stream.
+        counts = labelled.sum(1).tolist()
+        uniform = torch.cat(
+            [torch.rand(n, generator=g) for n, g in zip(counts, generators, strict=True)]
+        )
+        tokens = _inverse_cdf(logits[labelled], uniform)
+        padded = torch.full_like(labels, IGNORED)
+        padded[labelled] = tokens
+        width = min(drawn.shape[1], padded.shape[1])
+        drawn[:, drawn.shape[1] - width :] = padded[:, padded.shape[1] - width :]
+        return drawn
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Mean squared error over C outputs: a Gaussian of variance C / 2 around each."""
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        return logits.dim() == 2 and labels.numel() == logits.numel()
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = _precise(logits)
+        return (logits - labels.reshape(logits.shape).to(logits.dtype)).square().mean(1)
+
+    def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
+        """E_y (2 / C sum_c (f_c - y_c) grad f_c)^2 = 2 / C sum_c (grad f_c)^2."""
+        if power != 2:
+            return None
+        outputs = logits.shape[1]
+        return [(2 / outputs) ** 0.5 * _precise(logits)[:, c] for c in range(outputs)]
+
+    def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        outputs = logits.shape[1]
+        noise = torch.stack([torch.randn(outputs, generator=g) for g in generators])
+        mean = _precise(logits.detach())
+        deviation: float = (outputs / 2) ** 0.5
+        return mean + deviation * noise.to(mean)
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """C independent yes-or-no labels: logits (b, C), float labels (b, C); the mean over them."""
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        return logits.dim() == 2 and labels.shape == logits.shape and labels.is_floating_point()
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = _precise(logits)
+        labels = labels.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+    def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
+        """E_y (1 / C sum_c (p_c - y_c) grad f_c)^2 = 1 / C^2 sum_c p_c (1 - p_c) (grad f_c)^2."""
+        if power != 2:
+            return None
+        logits = _precise(logits)
+        p = logits.detach().sigmoid()
+        weights = (p * (1 - p)).sqrt() / logits.shape[1]
+        return [weights[:, c] * logits[:, c] for c in range(logits.shape[1])]
+
+    def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        uniform = torch.stack([torch.rand(logits.shape[1], generator=g) for g in generators])
+        p = _precise(logits.detach()).sigmoid()
+        return (uniform.to(p) < p).to(p.dtype)
+
+
+LIKELIHOODS: tuple[Likelihood, ...] = (
+    SingleLabel(),
+    Tokens(shifted=False),
+    Tokens(shifted=True),
+    MultiLabel(),
+    Regression(),
+)
+"""All of them; where several fit the same shapes, the likelier reading first."""
+
+
+def generator_of(seed: int, example: int, draw: int) -> torch.Generator:
+    """The random numbers of one example's labels, whatever batch it comes in."""
+    digest = blake2b(f"{seed}/{example}/{draw}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Classes drawn by uniform numbers: (n, C), (n,) -> (n,)."""
+    cdf = F.softmax(_precise(logits.detach()), -1).cumsum(-1)
+    drawn = torch.searchsorted(cdf, uniform.to(cdf).unsqueeze(-1)).squeeze(-1)
+    return drawn.clamp(max=logits.shape[-1] - 1)

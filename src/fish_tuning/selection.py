@@ -1,0 +1,376 @@
+"""From scores to a mask: which entries are among the k best, exactly k of them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fish_tuning.mask import FishMask
+
+logger = logging.getLogger(__name__)
+
+Scope = Literal["global", "per_tensor", "balanced"]
+"""How the quota of k entries is shared out before the best are taken.
+
+- `"global"`: not at all, the k best of the whole pool (arXiv 2504.04050, equation 4).
+- `"per_tensor"`: to every tensor in proportion to its size.
+- `"balanced"`: in equal parts to those of these kinds that the pool has: LoRA's A, LoRA's B, all
+  other tensors. Without LoRA that is the same as `"global"`.
+"""
+
+# Entries ranked at a time: the temporaries of so many take some 100 MB, and far fewer would spend
+# the time on waiting for threads or on launching kernels.
+CHUNK = 2**22
+
+# Bits settled per pass. 16 would halve the passes, but adapter tensors are often smaller than a
+# histogram of 2**16 counts.
+RADIX = 8
+
+LORA_SIDE = re.compile(r"(?:^|\.)lora_(?:embedding_)?([AB])(?:\.|$)")
+
+
+def create_mask_from_fisher(
+    fisher_scores: Mapping[str, Tensor],
+    keep_ratio: float | None = None,
+    names_to_exclude: Sequence[str] | str | None = None,
+    *,
+    num_trainable: int | None = None,
+    scope: Scope = "global",
+    provenance: Mapping[str, Any] | None = None,
+) -> FishMask:
+    """Select exactly k entries, those with the highest scores (arXiv 2504.04050, equation 4).
+
+    The scores may be of any criterion: FISH Mask (arXiv 2111.09839) and FISH-Tuning take the
+    diagonal of the Fisher information. Ties go by position, names in sorted order and then the
+    flat index, lowest first, so that the same scores always give the same mask; a warning says
+    when that decided. The scores are neither sorted nor copied: beyond the mask, the memory used
+    does not grow with the pool (a tensor that is not contiguous is copied while it is read).
+
+    Args:
+        fisher_scores: Parameter name to scores of the parameter's shape, floating point of any
+            sign, each on any device; its mask comes out there.
+        keep_ratio: Fraction of the pool to select, in (0, 1]. The pool is all that
+            `names_to_exclude` does not match; k is `max(1, round(keep_ratio * pool))`.
+        names_to_exclude: Regular expressions, searched for in the names. What one matches is left
+            dense: all True in the mask, not part of the pool.
+        num_trainable: Number of True entries in all, those of dense tensors counted. Give either
+            this or `keep_ratio`.
+        scope: How k is shared out, see `Scope`.
+        provenance: Further values for the mask's provenance, which records the arguments.
+
+    Returns:
+        The mask, its tensors in the order of `fisher_scores`.
+
+    Raises:
+        ValueError: Scores are missing, not floating point or not finite, everything is excluded,
+            a regular expression is invalid, the budget cannot be met, or the scope is unknown.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope={scope!r} is unknown: use one of {', '.join(get_args(Scope))}.")
+    _check_scores(fisher_scores)
+    entries = {name: scores.numel() for name, scores in fisher_scores.items()}
+    sizes, k = pool_and_quota(entries, keep_ratio, names_to_exclude, num_trainable)
+
+    # Ranked as the widest type among them, so that tensors of different types compare exactly.
+    double = any(fisher_scores[name].dtype == torch.float64 for name in sizes)
+    dtype = torch.float64 if double else torch.float32
+    masks = {}
+    ties: list[tuple[float, int, int]] = []
+    for names, quota in _shares(sizes, k, scope):
+        group = {name: fisher_scores[name] for name in names}
+        selected, tie = _select(group, quota, dtype)
+        masks.update(selected)
+        ties.append(tie)
+    ties = [(score, tied, taken) for score, tied, taken in ties if 0 < taken < tied]
+    _warn_of_ties(ties)
+    return FishMask(
+        {
+            name: masks[name] if name in masks else torch.ones_like(scores, dtype=torch.bool)
+            for name, scores in fisher_scores.items()
+        },
+        provenance={
+            "keep_ratio": None if keep_ratio is None else float(keep_ratio),
+            "num_trainable": None if num_trainable is None else int(num_trainable),
+            "names_to_exclude": _patterns(names_to_exclude),
+            "scope": scope,
+            "selected_by_position": sum(taken for _, _, taken in ties),
+            **(provenance or {}),
+        },
+    )
+
+
+def pool_and_quota(
+    entries: Mapping[str, int],
+    keep_ratio: float | None,
+    names_to_exclude: Sequence[str] | str | None,
+    num_trainable: int | None,
+) -> tuple[dict[str, int], int]:
+    """What `create_mask_from_fisher` selects from, and how many entries, without any scores.
+
+    Args:
+        entries: Parameter name to number of entries.
+        keep_ratio: As in `create_mask_from_fisher`.
+        names_to_exclude: As there.
+        num_trainable: As there.
+
+    Returns:
+        Entries by name of the pool, names sorted, and k.
+
+    Raises:
+        ValueError: As there.
+    """
+    patterns = _patterns(names_to_exclude)
+    pool = {name: entries[name] for name in sorted(_not_matching(entries, patterns))}
+    size = sum(pool.values())
+    if not size:
+        raise ValueError(
+            f"names_to_exclude={patterns} matches all {len(entries)} scored tensors, "
+            "so nothing is left to select from. Exclude less."
+        )
+    return pool, _num_to_select(size, sum(entries.values()) - size, keep_ratio, num_trainable)
+
+
+def _patterns(names_to_exclude: Sequence[str] | str | None) -> list[str]:
+    return [names_to_exclude] if isinstance(names_to_exclude, str) else [*(names_to_exclude or [])]
+
+
+def random_scores(like: Mapping[str, Tensor | Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """Scores uniform in [0, 1): selecting by them selects at random.
+
+    A tensor's scores depend on the seed, its name and its shape alone, not on the other tensors.
+
+    Args:
+        like: Parameter name to a tensor of the wanted shape, or to the shape itself.
+        seed: Seed of the draw.
+
+    Returns:
+        Name to float64 scores on the CPU; in float32 a large pool would hold many ties.
+    """
+    scores = {}
+    for name, shape in like.items():
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        size = tuple(shape.shape if isinstance(shape, Tensor) else shape)
+        scores[name] = torch.rand(size, generator=generator, dtype=torch.float64)
+    return scores
+
+
+def reversed_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scores negated: selecting by them selects the least important entries.
+
+    Args:
+        scores: Parameter name to scores.
+
+    Returns:
+        Name to negated scores of the same shape, dtype and device.
+    """
+    return {name: -tensor for name, tensor in scores.items()}
+
+
+def magnitude_scores(model_or_params: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The absolute value of every weight: selecting by it selects the largest weights.
+
+    Args:
+        model_or_params: A model, of which every trainable parameter is scored, or a mapping from
+            name to weights, all of which are.
+
+    Returns:
+        Name to detached scores of the same shape, dtype and device as the weights.
+    """
+    if isinstance(model_or_params, nn.Module):
+        model_or_params = {n: p for n, p in model_or_params.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().abs() for name, tensor in model_or_params.items()}
+
+
+def _check_scores(scores: Mapping[str, Tensor]) -> None:
+    if not scores:
+        raise ValueError(
+            "There are no scores to select from: the mapping is empty. Score a model that has "
+            "trainable parameters."
+        )
+    for name, tensor in scores.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"The scores of {name} are {kind}: give floating-point tensors.")
+    # Lowest and highest are both NaN where any entry is, and need no memory to find.
+    bad = [
+        f"{name} ({int((~tensor.isfinite()).sum()):,} of {tensor.numel():,})"
+        for name, tensor in scores.items()
+        if tensor.numel() and not all(map(math.isfinite, map(float, tensor.detach().aminmax())))
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more tensors" if len(bad) > 5 else ""
+        raise ValueError(
+            f"Scores that are NaN or infinite cannot be ranked: {', '.join(bad[:5])}{more}. "
+            "Look for a non-finite loss or an overflow where they were computed."
+        )
+
+
+def _not_matching(names: Mapping[str, int], patterns: Sequence[str]) -> Iterator[str]:
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"names_to_exclude holds {pattern!r}, which is not a regular expression: {error}."
+            ) from error
+    return (name for name in names if not any(pattern.search(name) for pattern in compiled))
+
+
+def _num_to_select(
+    pool: int, num_dense: int, keep_ratio: float | None, num_trainable: int | None
+) -> int:
+    """The k of the selection, checked."""
+    if (keep_ratio is None) == (num_trainable is None):
+        raise ValueError(
+            f"Give exactly one of keep_ratio (here {keep_ratio!r}), a fraction of the {pool:,} "
+            f"entries to select from, and num_trainable (here {num_trainable!r}), a count in all "
+            f"with the {num_dense:,} entries of excluded tensors."
+        )
+    if keep_ratio is not None:
+        is_number = isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool)
+        if not (is_number and 0 < keep_ratio <= 1):
+            raise ValueError(
+                f"keep_ratio={keep_ratio!r} is not a number in (0, 1]: it is the fraction to keep "
+                f"of {pool:,} entries. To ask for a count, use num_trainable."
+            )
+        return max(1, round(float(keep_ratio) * pool))
+    if (
+        not isinstance(num_trainable, Integral)
+        or isinstance(num_trainable, bool)
+        or not num_dense < num_trainable <= num_dense + pool
+    ):
+        raise ValueError(
+            f"num_trainable={num_trainable!r} is not an integer from {num_dense + 1:,} to "
+            f"{num_dense + pool:,}: {num_dense:,} entries of excluded tensors are always trained "
+            f"and 1 to {pool:,} others can be selected. Change it, or names_to_exclude."
+        )
+    return int(num_trainable) - num_dense
+
+
+def _shares(sizes: Mapping[str, int], k: int, scope: Scope) -> list[tuple[list[str], int]]:
+    """Groups of names, and how many entries each of them gets: k in all."""
+    if scope == "global":
+        return [(list(sizes), k)]
+    if scope == "per_tensor":
+        pool = sum(sizes.values())
+        quotas = {name: k * size // pool for name, size in sizes.items()}
+        by_remainder = sorted(sizes, key=lambda name: k * sizes[name] % pool, reverse=True)
+        for name in by_remainder[: k - sum(quotas.values())]:
+            quotas[name] += 1
+        return [([name], quota) for name, quota in quotas.items()]
+
+    kinds: dict[str, list[str]] = {"B": [], "A": [], "": []}
+    for name in sizes:
+        match = LORA_SIDE.search(name)
+        kinds[match[1] if match else ""].append(name)
+    room = {kind: sum(sizes[name] for name in names) for kind, names in kinds.items()}
+    quotas = dict.fromkeys(kinds, 0)
+    while k:
+        unfilled = [kind for kind in kinds if quotas[kind] < room[kind]]
+        share, odd = divmod(k, len(unfilled))
+        for i, kind in enumerate(unfilled):
+            given = min(share + (i < odd), room[kind] - quotas[kind])
+            quotas[kind] += given
+            k -= given
+    return [(names, quotas[kind]) for kind, names in kinds.items() if names]
+
+
+def _select(
+    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[float, int, int]]:
+    """Masks of the k highest scores, and (lowest score taken, how many have it, how many taken)."""
+    if not k:
+        zeros = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in scores.items()}
+        return zeros, (0.0, 0, 0)
+    threshold, tied, taken = _kth_highest(list(scores.values()), k, dtype)
+    left = taken
+    masks = {}
+    for name, tensor in scores.items():
+        flat = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        for out, keys in zip(torch.split(flat, CHUNK), _ordered_keys(tensor, dtype), strict=True):
+            if taken == tied:
+                torch.ge(keys, threshold, out=out)
+                continue
+            torch.gt(keys, threshold, out=out)
+            if left:
+                at_threshold = keys == threshold
+                at_threshold &= at_threshold.cumsum(0) <= left
+                out |= at_threshold
+                left -= int(at_threshold.sum())
+        masks[name] = flat.view(tensor.shape)
+    bits = torch.tensor(abs(threshold), dtype=_INTEGER[dtype])
+    return masks, (math.copysign(bits.view(dtype).item(), threshold), tied, taken)
+
+
+def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Key of the k-th highest score, how many entries have it, how many of those are in the k.
+
+    A radix selection: each pass counts the next bits of the keys that share the bits settled so
+    far, and settles those of the k-th highest.
+    """
+    key, left = 0, k
+    highest = torch.finfo(dtype).bits - RADIX
+    for shift in range(highest, -1, -RADIX):
+        histogram = torch.zeros(2**RADIX, dtype=torch.int64)
+        for tensor in tensors:
+            for keys in _ordered_keys(tensor, dtype):
+                if shift == highest:
+                    digits = (keys >> shift) + 2 ** (RADIX - 1)  # the digit that has the sign
+                else:
+                    digits = (keys[keys >> (shift + RADIX) == key] >> shift) & (2**RADIX - 1)
+                histogram += torch.bincount(digits, minlength=2**RADIX).cpu()
+        at_least = histogram.flip(0).cumsum(0)
+        position = int(torch.searchsorted(at_least, left))
+        digit = 2**RADIX - 1 - position
+        count = int(histogram[digit])
+        left -= int(at_least[position]) - count
+        key = digit - 2 ** (RADIX - 1) if shift == highest else key << RADIX | digit
+    return key, count, left
+
+
+_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _ordered_keys(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Integers in the order of the scores, chunk by chunk; -0.0 and 0.0 share one.
+
+    The bits of a float are a sign and a magnitude that orders as an integer does; negating the
+    magnitude of negative floats is all that is missing.
+    """
+    integer = _INTEGER[dtype]
+    lowest = torch.iinfo(integer).min
+    for chunk in torch.split(tensor.reshape(-1), CHUNK):
+        bits = chunk.to(dtype).view(integer)
+        yield torch.where(bits < 0, lowest - bits, bits)
+
+
+def _warn_of_ties(ties: Sequence[tuple[float, int, int]]) -> None:
+    """Say where position decided, given (score, how many have it, how many were taken)."""
+    for zero in (True, False):
+        found = [tie for tie in ties if (tie[0] == 0) == zero]
+        if not found:
+            continue
+        lowest, highest = min(tie[0] for tie in found), max(tie[0] for tie in found)
+        logger.warning(
+            "%s entries tie at score %s, too many for the budget: %s of them were taken by "
+            "position, not by score.%s",
+            f"{sum(tied for _, tied, _ in found):,}",
+            f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}",
+            f"{sum(taken for _, _, taken in found):,}",
+            " An entry that scores 0 had no gradient where it was scored, so its score says "
+            "nothing about it. The usual cause is LoRA's A while B is zero. Score with "
+            'score_with_perturbed_b and select with scope="balanced", or score after some '
+            "training steps."
+            if zero
+            else "",
+        )

@@ -1,0 +1,111 @@
+"""FISH-Tuning in transformers' training loop: a callback, and a Trainer that brings it along."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from fish_tuning.mask import FishMask
+from fish_tuning.sparse import apply_mask, get_mask, masked_parameters
+
+
+class FishTuningCallback(TrainerCallback):
+    """Masks the model of any transformers-style Trainer (TRL's among them).
+
+    It has to be among the `callbacks` that the Trainer is built with: the mask is applied when
+    the Trainer's construction ends, before there is an optimizer.
+
+    Args:
+        mask: What is to be trained, as in `apply_mask`. None leaves a model that is masked
+            already as it is.
+    """
+
+    def __init__(self, mask: Mapping[str, Tensor] | None = None) -> None:
+        self.mask = mask
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Applies the mask.
+
+        Raises:
+            ValueError: As in `apply_mask`; or there is no mask and the model has none either.
+        """
+        model = kwargs["model"]
+        if self.mask is not None:
+            apply_mask(model, self.mask)
+        elif get_mask(model) is None:
+            raise ValueError("no mask: pass one, or mask the model first (get_fish_model)")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Checks that what is about to be trained is what the mask selects.
+
+        Raises:
+            RuntimeError: The model has no mask, or the optimizer was built before it had.
+        """
+        values = masked_parameters(kwargs["model"])
+        if get_mask(kwargs["model"]) is None:
+            raise RuntimeError(
+                "the model has no mask: FishTuningCallback came after the Trainer was built. Pass "
+                "it in callbacks=[...]; model_init is not supported"
+            )
+        if args.deepspeed or args.fsdp:
+            return  # Their optimizers hold tensors of their own.
+        held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        if any(id(value) not in held for value in values):
+            raise RuntimeError(
+                "the optimizer was built before the mask was applied and holds none of the "
+                "selected values: apply the mask first, or let the Trainer build the optimizer"
+            )
+
+
+class FishTuningTrainer(Trainer):
+    """transformers' Trainer over a masked model.
+
+    Checkpoints and saved models hold the usual files and the mask beside them. A checkpoint of
+    another mask is refused.
+
+    Args:
+        model: The model; masked in place.
+        args: transformers' `TrainingArguments`.
+        mask: What is to be trained, as in `apply_mask`. None if the model is masked already.
+        callbacks: Further callbacks.
+        **kwargs: Everything else that `Trainer` takes.
+
+    Raises:
+        ValueError: As in `apply_mask`; or there is no mask and the model has none either.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        mask: Mapping[str, Tensor] | None = None,
+        callbacks: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        callbacks = [FishTuningCallback(mask), *(callbacks or [])]
+        super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+
+    @property
+    def masked_model(self) -> nn.Module:
+        """The model without what engines wrap around it."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # Models with a save_pretrained of their own have done this.
+        if not hasattr(self.model, "save_pretrained") and self.args.should_save:
+            mask = get_mask(self.masked_model)
+            assert mask is not None
+            mask.save_pretrained(str(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = FishMask.from_pretrained(resume_from_checkpoint)
+        if saved != get_mask(self.masked_model):
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained with another mask: resume with "
+                f"FishMask.from_pretrained({resume_from_checkpoint!r}) as the mask"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
