@@ -50,8 +50,8 @@ def create_mask_from_fisher(
 
     The scores may be of any criterion: FISH Mask (arXiv 2111.09839) and FISH-Tuning take the
     diagonal of the Fisher information. Ties go by position, names in sorted order and then the
-    flat index, lowest first, so that the same scores always give the same mask; a warning says
-    when that decided. The scores are neither sorted nor copied: beyond the mask, the memory used
+    flat index, lowest first, so that the same scores always give the same mask; the log says when
+    that decided, as a warning where the tied score is 0. The scores are neither sorted nor copied: beyond the mask, the memory used
     does not grow with the pool (a tensor that is not contiguous is copied while it is read).
 
     Args:
@@ -90,7 +90,7 @@ def create_mask_from_fisher(
         masks.update(selected)
         ties.append(tie)
     ties = [(score, tied, taken) for score, tied, taken in ties if 0 < taken < tied]
-    _warn_of_ties(ties)
+    _report_ties(ties)
     return FishMask(
         {
             name: masks[name] if name in masks else torch.ones_like(scores, dtype=torch.bool)
@@ -354,14 +354,16 @@ def _ordered_keys(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield torch.where(bits < 0, lowest - bits, bits)
 
 
-def _warn_of_ties(ties: Sequence[tuple[float, int, int]]) -> None:
+def _report_ties(ties: Sequence[tuple[float, int, int]]) -> None:
     """Say where position decided, given (score, how many have it, how many were taken)."""
     for zero in (True, False):
         found = [tie for tie in ties if (tie[0] == 0) == zero]
         if not found:
             continue
         lowest, highest = min(tie[0] for tie in found), max(tie[0] for tie in found)
-        logger.warning(
+        # A handful of equal scores is nothing to worry about; zeros mean that no score decided.
+        logger.log(
+            logging.WARNING if zero else logging.INFO,
             "%s entries tie at score %s, too many for the budget: %s of them were taken by "
             "position, not by score.%s",
             f"{sum(tied for _, tied, _ in found):,}",
