@@ -248,8 +248,10 @@ def test_zero_ties_are_reported(caplog):
 def test_other_ties_are_reported(caplog):
     """Guards the tie report per tensor: one line in all, without the advice for zeros."""
     scores = {"a": torch.full((10,), 0.25), "b": torch.full((10,), -2.0)}
-    create_mask_from_fisher(scores, 0.5, scope="per_tensor")
+    with caplog.at_level(logging.INFO, "fish_tuning.selection"):
+        create_mask_from_fisher(scores, 0.5, scope="per_tensor")
     (record,) = caplog.records
+    assert record.levelno == logging.INFO
     assert "20 entries tie at score -2 to 0.25" in record.getMessage()
     assert ": 10 of them" in record.getMessage()
     assert "score_with_perturbed_b" not in record.getMessage()
@@ -257,8 +259,9 @@ def test_other_ties_are_reported(caplog):
 
 def test_no_report_where_scores_decide(caplog):
     """Guards false alarms: ties that are taken whole leave nothing to position."""
-    create_mask_from_fisher({"a": torch.zeros(10), "b": torch.ones(4)}, num_trainable=4)
-    create_mask_from_fisher({"a": torch.zeros(10)}, keep_ratio=1.0)
+    with caplog.at_level(logging.INFO, "fish_tuning.selection"):
+        create_mask_from_fisher({"a": torch.zeros(10), "b": torch.ones(4)}, num_trainable=4)
+        create_mask_from_fisher({"a": torch.zeros(10)}, keep_ratio=1.0)
     assert not caplog.records
 
 
