@@ -51,8 +51,9 @@ def create_mask_from_fisher(
     The scores may be of any criterion: FISH Mask (arXiv 2111.09839) and FISH-Tuning take the
     diagonal of the Fisher information. Ties go by position, names in sorted order and then the
     flat index, lowest first, so that the same scores always give the same mask; the log says when
-    that decided, as a warning where the tied score is 0. The scores are neither sorted nor copied: beyond the mask, the memory used
-    does not grow with the pool (a tensor that is not contiguous is copied while it is read).
+    that decided, as a warning where the tied score is 0. The scores are neither sorted nor copied:
+    beyond the mask, the memory used does not grow with the pool (a tensor that is not contiguous
+    is copied while it is read).
 
     Args:
         fisher_scores: Parameter name to scores of the parameter's shape, floating point of any
