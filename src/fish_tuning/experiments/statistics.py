@@ -1,0 +1,145 @@
+"""Statistics over the seeds of an arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fish_tuning.experiments.results import Run
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one arm at one budget, one for each seed."""
+
+    arm: str
+    ratio: float | None
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """The runs that did not fail."""
+        return tuple(run for run in self.runs if run.status == "finished")
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """A metric of each finished run that has it."""
+        return {
+            run.seed: run.metrics[metric]
+            for run in self.finished
+            if math.isfinite(run.metrics.get(metric, math.nan))
+        }
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Group runs by arm and budget, in the order of their first runs.
+
+    The budget is part of a group's label where there are several.
+    """
+    groups: dict[tuple[str, float | None], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.arm, run.ratio), []).append(run)
+    several = len({ratio for _, ratio in groups if ratio is not None}) > 1
+    return [
+        Group(
+            arm,
+            ratio,
+            f"{arm} ({percent(ratio)})" if several and ratio is not None else arm,
+            tuple(members),
+        )
+        for (arm, ratio), members in groups.items()
+    ]
+
+
+def baseline_of(group: Group, groups: Sequence[Group], arm: str) -> Group | None:
+    """Return what a group is compared with: `arm` at the same budget, else without one."""
+    candidates = [other for other in groups if other.arm == arm]
+    for ratio in (group.ratio, None, 1.0):
+        for other in candidates:
+            if other.ratio == ratio:
+                return other
+    return None
+
+
+def percent(ratio: float) -> str:
+    """A fraction as readers know it: 0.25 is 25%."""
+    return f"{100 * ratio:g}%"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation; one value has no deviation."""
+
+    mean: float
+    std: float | None
+    count: int
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    r"""Return mean and sample standard deviation, None without values.
+
+    $s = \sqrt{\frac{1}{n - 1} \sum_i (x_i - \bar x)^2}$
+    """
+    values = list(values)
+    if not values:
+        return None
+    # The mean of equal values is that value: rounding must not make a deviation of it.
+    if min(values) == max(values):
+        return Spread(values[0], 0.0 if len(values) > 1 else None, len(values))
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Spread(mean, math.sqrt(variance), len(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference to the baseline over the seeds that both have.
+
+    `interval` is None where there is one seed: a spread cannot be told from it.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: tuple[int, ...]
+
+
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Compare an arm with the baseline seed by seed.
+
+    The interval is the 95% percentile bootstrap interval of the mean over resampled seeds. It is
+    seeded, so the same values give the same interval. With a handful of seeds it is too narrow
+    rather than too wide: no resample can reach beyond the differences that were seen.
+
+    Args:
+        arm: Metric by seed.
+        baseline: The same of the baseline.
+
+    Returns:
+        The difference, None where they share no seed.
+    """
+    seeds = tuple(sorted(arm.keys() & baseline.keys()))
+    differences = [arm[seed] - baseline[seed] for seed in seeds]
+    center = spread(differences)
+    if center is None:
+        return None
+    if len(seeds) == 1:
+        return Difference(center.mean, None, seeds)
+    if center.std == 0:
+        return Difference(center.mean, (center.mean, center.mean), seeds)
+
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (np.asarray(differences),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return Difference(center.mean, (float(interval.low), float(interval.high)), seeds)

@@ -1,0 +1,263 @@
+"""Reports: the numbers in them, and that files' contents stay contents."""
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fish_tuning.experiments.comparison import compare
+from fish_tuning.experiments.report import csv_table, write_report
+from fish_tuning.experiments.results import Results
+from fish_tuning.experiments.results_doc import results_document
+from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
+
+EVIL = "<script>alert('x')</script>|`$1$`\"onload=\"[a](http://b) \u2028&amp;"
+BERT = {"model": {"name": "bert-base-cased"}, "dataset": {"load_args": ["glue", "sst2"]}}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, and whether the tags match."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def rows_of(sweep):
+    comparison = compare(sweep)
+    return [dict(zip(comparison.headers, row, strict=True)) for row in comparison.rows]
+
+
+def test_table_has_means_deviations_and_differences():
+    """Guards the numbers that people quote, against numpy."""
+    sweep = make_sweep()
+    values = {
+        arm: np.array([run.metrics["accuracy"] for run in sweep.runs if run.arm == arm])
+        for arm in ("Original LoRA", "LoRA-FISH")
+    }
+    seconds = [run.train_seconds for run in sweep.runs if run.arm == "LoRA-FISH"]
+    baseline, fish = rows_of(sweep)[:2]
+    own = values["LoRA-FISH"]
+    assert fish["Method"] == "LoRA-FISH"
+    assert fish["Val Accuracy"] == f"{own.mean():.4f} ± {own.std(ddof=1):.4f}"
+    assert fish["Train Time (s)"] == f"{np.mean(seconds):.1f} ± {np.std(seconds, ddof=1):.1f}"
+    assert fish["Peak Memory (MiB)"] == "702 ± 1"
+    assert fish["Final Trainable Params"] == "28,418"
+    assert fish["Seeds"] == "3"
+    difference = fish["Difference to Original LoRA"]
+    assert difference.startswith(f"{(own - values['Original LoRA']).mean():+.4f} [")
+    assert baseline["Difference to Original LoRA"] == "baseline"
+
+
+def test_one_seed_has_no_spread():
+    """Guards nan, and an interval that one seed cannot give."""
+    fish = rows_of(make_sweep(seeds=(5,)))[1]
+    assert re.fullmatch(r"0\.\d{4}", fish["Val Accuracy"])
+    assert fish["Difference to Original LoRA"].endswith("(1 seed: no interval)")
+
+
+def test_failed_runs_leave_the_numbers_and_are_listed(tmp_path):
+    """Guards a failure that is counted as a result, and one that nobody sees."""
+    sweep = make_sweep()
+    failed = sweep.model_copy(update={"runs": [*sweep.runs, failed_run(ratio=1.0)]})
+    before, after = rows_of(sweep)[1], rows_of(failed)[1]
+    assert after.pop("Seeds") == "3 (1 failed)"
+    assert after.items() <= before.items()
+    for path in write_report(failed, tmp_path):
+        assert "ValueError: training diverged" in path.read_text(encoding="utf-8")
+
+
+def test_trainable_counts_that_differ_are_not_hidden():
+    """Guards a count shown as one number where seeds trained different numbers."""
+    runs = [make_run("LoRA-FISH", seed, trainable_params=100 + 2 * seed) for seed in (1, 3)]
+    row = rows_of(Results(name="x", config={}, runs=runs))[0]
+    assert row["Final Trainable Params"] == "104 ± 3"
+
+
+def test_lower_is_better_is_said():
+    """Guards a reader who takes the largest error for the best arm."""
+    sweep = make_sweep()
+    runs = [
+        r.model_copy(update={"main_metric": "mse", "metrics": {"mse": 0.5}}) for r in sweep.runs
+    ]
+    notes = compare(sweep.model_copy(update={"runs": runs})).notes
+    assert "MSE: lower is better." in notes
+    assert not any("lower" in note for note in compare(sweep).notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "ratio", "expected"),
+    [
+        ("bert-base-cased", {"load_args": ["glue", "sst2"]}, 1.0, ["0.9048", "0.9094"]),
+        ("google-bert/bert-base-cased", {"name": "SST-2"}, 1.0, ["0.9048", "0.9094"]),
+        (
+            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            {"load_args": ["rotten_tomatoes"]},
+            0.25,
+            ["0.9006", "0.8856"],
+        ),
+        ("prajjwal1/bert-tiny", {"name": "sst2"}, 0.5, ["0.5103", "0.5069"]),
+        ("prajjwal1/bert-tiny", {"name": "sst2"}, 0.25, ["0.5103", "n/a"]),
+        ("bert-base-cased", {"load_args": ["glue", "mrpc"]}, 1.0, None),
+        ("bert-base-uncased", {"name": "sst2"}, 1.0, None),
+        ("my-bert-tiny-2", {"name": "sst2"}, 0.5, None),
+    ],
+)
+def test_published_figures_only_beside_their_experiment(model, dataset, ratio, expected):
+    """Guards a published number beside another model, data set or budget."""
+    config = {"model": {"name": model}, "dataset": dataset}
+    rows = rows_of(make_sweep(ratios=(ratio,), config=config))
+    assert [row.get("Published") for row in rows[:2]] == (expected or [None, None])
+
+
+def test_published_accuracy_not_beside_another_metric():
+    """Guards a published accuracy in a table of F1."""
+    sweep = make_sweep(config=BERT)
+    runs = [r.model_copy(update={"main_metric": "f1", "metrics": {"f1": 0.5}}) for r in sweep.runs]
+    assert "Published" not in compare(sweep.model_copy(update={"runs": runs})).headers
+
+
+def test_csv_reads_back():
+    """Guards rows that lose a run, a value or its digits, and cells that a comma splits."""
+    sweeps = [
+        make_sweep(),
+        Results(name="b, c", config=BERT, runs=[failed_run(error='a "b",\nc')]),
+    ]
+    rows = list(csv.DictReader(io.StringIO(csv_table(sweeps), newline="")))
+    assert len(rows) == 13
+    for row, run in zip(rows, sweeps[0].runs, strict=False):
+        assert row["arm"] == run.arm
+        assert float(row["metrics.accuracy"]) == run.metrics["accuracy"]
+        assert float(row["train_seconds"]) == run.train_seconds
+        assert int(row["trainable_params"]) == run.trainable_params
+        assert row["ratio"] == ("" if run.ratio is None else str(run.ratio))
+    assert rows[12]["experiment"] == "b, c"
+    assert rows[12]["dataset"] == "glue/sst2"
+    assert rows[12]["error"] == 'a "b",\nc'
+    assert rows[12]["metrics.accuracy"] == ""
+
+
+def evil_sweep():
+    run = make_run(
+        EVIL,
+        1,
+        run_id=EVIL,
+        adapter=EVIL,
+        commit=EVIL,
+        hardware={EVIL: EVIL},
+        versions={EVIL: EVIL},
+        peak_memory_of=EVIL,
+        main_metric=EVIL,
+        metrics={EVIL: 0.5},
+        curve=[{"step": 1, EVIL: 0.5}],
+    )
+    config = {"model": {"name": EVIL}, "dataset": {"path": {EVIL: EVIL}}, EVIL: [EVIL]}
+    return Results(name=EVIL, config=config, runs=[run, failed_run(EVIL, error=EVIL)])
+
+
+def test_html_escapes_what_comes_from_files(tmp_path):
+    """Guards script, markup and attributes from names, errors, paths, metrics and configs."""
+    write_report([evil_sweep(), make_sweep(seeds=(1,))], tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    links = [value for name, value in page.attributes if name.endswith("href")]
+    assert links and all(link.startswith("#") for link in links)
+    assert page.text.count("<script>alert('x')</script>") > 10
+
+
+def test_markdown_escapes_what_comes_from_files(tmp_path):
+    """Guards markup, links and table cells from names and errors."""
+    write_report(evil_sweep(), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "[a](" not in text.replace("\\[", "").replace("\\]", "")
+    table = [line for line in text.split("\n") if line.startswith("|")]
+    assert len(table) == 3
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
+
+
+def test_html_needs_nothing_else(tmp_path):
+    """Guards a page that loads a font, a picture, a style sheet or a script."""
+    write_report(make_sweep(ratios=(1.0, 0.25)), tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:", re.sub(r'xmlns(:\w+)?="[^"]*"', "", html))
+    assert not re.search(r"\bsrc\s*=|url\((?!#)|@import|<link|<script|<image|<iframe|data:", html)
+    page = Page(html)
+    assert page.tags.count("svg") >= 12
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_several_sweeps_have_a_section_each(tmp_path):
+    """Guards sweeps of one name that end up as one, and links that lead nowhere."""
+    paths = write_report([make_sweep(name="twin"), make_sweep(name="twin", seeds=(1,))], tmp_path)
+    page = Page(paths[2].read_text(encoding="utf-8"))
+    targets = [value for name, value in page.attributes if name == "href" and "sweep" in value]
+    assert targets == ["#sweep-1", "#sweep-2"]
+    assert {("id", "sweep-1"), ("id", "sweep-2")} <= set(page.attributes)
+    assert paths[1].read_text(encoding="utf-8").count("## twin\n") == 2
+
+
+def test_same_results_same_bytes(tmp_path):
+    """Guards reports that differ between two writings, and files left half-written."""
+    sweep = make_sweep(seeds=(1, 2), ratios=(1.0, 0.5))
+    first = [path.read_bytes() for path in write_report(sweep, tmp_path / "a")]
+    read_back = Results.model_validate_json(sweep.model_dump_json())
+    paths = write_report([read_back], tmp_path / "b")
+    assert [path.read_bytes() for path in paths] == first
+    assert [path.name for path in paths] == ["results.csv", "report.md", "report.html"]
+    assert sorted(path.parent for path in paths) == [tmp_path / "b"] * 3
+    assert sorted((tmp_path / "b").iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [],
+        [failed_run()],
+        [failed_run("Original LoRA"), make_run("LoRA-FISH", 1, 1.0)],
+        [make_run("LoRA-FISH", 1, 1.0, main_metric=None, metrics={})],
+        [make_run("IA3", 1, peak_memory_bytes=None, train_seconds=None, adapter=None)],
+    ],
+    ids=["no run", "only failed", "no baseline", "no metric", "missing fields"],
+)
+def test_reports_of_little(tmp_path, runs):
+    """Guards a report that crashes on what is not there, and one that shows None or nan."""
+    paths = write_report(Results(name="little", config={}, runs=runs), tmp_path)
+    Page(paths[2].read_text(encoding="utf-8"))
+    for path in paths:
+        assert not re.search(r"\bNone\b|\bnan\b", path.read_text(encoding="utf-8"))
+
+
+def test_results_document_is_what_is_committed():
+    """Guards a schema that changed without its documentation."""
+    committed = Path(__file__).parents[2] / "docs" / "results.md"
+    assert committed.read_text(encoding="utf-8") == results_document()
+    for field in ("`peak_memory_of`", "`log10_edges`", "`format_version`", "`metrics.NAME`"):
+        assert field in results_document()

@@ -1,0 +1,108 @@
+"""Spread and paired differences against numpy and against every resample written out."""
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from fish_tuning.experiments.statistics import (
+    baseline_of,
+    group_runs,
+    paired_difference,
+    spread,
+)
+from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.7], [0.796, 0.781, 0.799], [1e-9, 1.0, 3.0, -4.0]])
+def test_spread_is_mean_and_sample_deviation(values):
+    """Guards n - 1 in the deviation: numpy's default divides by n."""
+    found = spread(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.std == pytest.approx(np.std(values, ddof=1))
+    assert found.count == len(values)
+
+
+def test_spread_of_one_value_none_and_equal_ones():
+    """Guards nan for one seed, a crash without any, and a deviation made by rounding."""
+    assert spread([0.7]).std is None
+    assert spread([]) is None
+    assert spread([0.1] * 3).std == 0
+    assert spread([0.1] * 3).mean == 0.1
+
+
+def test_difference_pairs_by_seed():
+    """Guards a difference of means over unlike seeds, and pairing by position."""
+    found = paired_difference({3: 0.9, 1: 0.5, 7: 0.1}, {1: 0.4, 2: 0.0, 3: 0.6})
+    assert found.seeds == (1, 3)
+    assert found.mean == pytest.approx((0.1 + 0.3) / 2)
+
+
+def test_interval_is_that_of_all_resamples():
+    """Guards level and kind of the interval: quantiles of the means of all 5^5 resamples."""
+    differences = [0.010, -0.004, 0.021, 0.007, 0.015]
+    means = [np.mean(sample) for sample in itertools.product(differences, repeat=5)]
+    found = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(5), 0.0))
+    assert found.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=5e-4)
+
+
+def test_interval_is_the_same_each_time_and_leaves_the_random_state_alone():
+    """Guards reports that differ from one writing to the next, and a sweep's seeding."""
+    arm, baseline = {1: 0.5, 2: 0.8, 3: 0.6}, {1: 0.4, 2: 0.4, 3: 0.7}
+    np.random.seed(5)
+    before = np.random.get_state()[1].copy()
+    first = paired_difference(arm, baseline)
+    assert (np.random.get_state()[1] == before).all()
+    assert paired_difference(arm, baseline) == first
+
+
+def test_differences_without_an_interval_or_spread():
+    """Guards nan and warnings: one shared seed, none, and equal differences."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paired_difference({1: 0.5, 2: 0.1}, {1: 0.25}).interval is None
+        assert paired_difference({1: 0.5}, {2: 0.4}) is None
+        same = paired_difference({1: 0.75, 2: 1.0, 3: 1.5}, {1: 0.5, 2: 0.75, 3: 1.25})
+        assert same.mean == 0.25
+        assert same.interval == (0.25, 0.25)
+        nearly = paired_difference({1: 0.3, 2: 0.1}, {1: 0.2, 2: 0.0})
+        assert all(map(math.isfinite, nearly.interval))
+
+
+def test_groups_by_arm_and_budget():
+    """Guards runs of two budgets in one mean, and labels that do not tell them apart."""
+    groups = group_runs(make_sweep(seeds=(1, 2), ratios=(1.0, 0.25)).runs)
+    assert [group.label for group in groups] == [
+        "Original LoRA",
+        "LoRA-FISH (100%)",
+        "LoRA-FISH-rand (100%)",
+        "LoRA-FISH-rev (100%)",
+        "LoRA-FISH (25%)",
+        "LoRA-FISH-rand (25%)",
+        "LoRA-FISH-rev (25%)",
+    ]
+    assert all([run.seed for run in group.runs] == [1, 2] for group in groups)
+    assert group_runs(make_sweep().runs)[1].label == "LoRA-FISH"
+
+
+def test_values_by_seed_leave_out_failed_and_missing():
+    """Guards a failed run, a metric that is not there and nan in a mean."""
+    runs = [
+        make_run("LoRA-FISH", 1, metrics={"accuracy": 0.5}),
+        make_run("LoRA-FISH", 2, metrics={}),
+        make_run("LoRA-FISH", 3, metrics={"accuracy": math.nan}),
+        failed_run("LoRA-FISH", 4, metrics={"accuracy": 0.9}),
+    ]
+    (group,) = group_runs(runs)
+    assert group.by_seed("accuracy") == {1: 0.5}
+
+
+def test_baseline_of_the_same_budget_first():
+    """Guards a masked arm at a quarter compared with the wrong one of two baselines."""
+    both = [make_run("Original LoRA", 1, ratio) for ratio in (1.0, 0.25)]
+    groups = group_runs([*both, make_run("LoRA-FISH", 1, 0.25), make_run("LoRA-FISH", 1, 0.5)])
+    assert baseline_of(groups[2], groups, "Original LoRA") is groups[1]
+    assert baseline_of(groups[3], groups, "Original LoRA") is groups[0]
+    assert baseline_of(groups[3], groups[2:], "Original LoRA") is None
