@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fish_tuning.atomic import write_atomically
+
 BITS_FILE = "fish_mask.safetensors"
 JSON_FILE = "fish_mask.json"
 FORMAT_VERSION = 1
@@ -123,7 +125,6 @@ class FishMask(Mapping[str, Tensor]):
             directory: A local folder; earlier mask files in it are replaced, each atomically.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         bits = np.concatenate([np.packbits(t.cpu().numpy().reshape(-1)) for t in self.values()])
         tensors = [
             {"name": name, "shape": list(tensor.shape), "num_selected": _count(tensor)}
@@ -138,9 +139,11 @@ class FishMask(Mapping[str, Tensor]):
             "provenance": self.provenance,
             "tensors": tensors,
         }
-        _write(folder / BITS_FILE, safetensors.torch.save({"bits": torch.from_numpy(bits)}))
+        write_atomically(
+            folder / BITS_FILE, safetensors.torch.save({"bits": torch.from_numpy(bits)})
+        )
         # Last: it vouches for the bits, so a save cut short never passes for a whole one.
-        _write(folder / JSON_FILE, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(folder / JSON_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(
@@ -248,16 +251,6 @@ def _package_version() -> str | None:
         return version("fish-tuning")
     except PackageNotFoundError:
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put data at path whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _locate(

@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from fish_tuning.experiments.atomic import write_atomically
+from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.results import TensorDensity
 from fish_tuning.experiments.statistics import Group, spread
 from fish_tuning.experiments.svg import TEXT, figure_style, shorten

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from fish_tuning.experiments.atomic import write_atomically
+from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.comparison import compare, model_and_dataset, shared_notes
 from fish_tuning.experiments.report_html import html_report
 from fish_tuning.experiments.results import Results, Run

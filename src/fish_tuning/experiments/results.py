@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -118,13 +118,7 @@ class Results(_Record):
 
 def write_json(path: Path, record: BaseModel) -> None:
     """Writes a record whole or not at all; an earlier file stays until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_results(path: Path) -> Results:
