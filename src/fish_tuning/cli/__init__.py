@@ -1,0 +1,43 @@
+"""The command line. Nothing that is slow to import is imported before a command needs it."""
+
+from typing import Annotated
+
+import typer
+
+from fish_tuning import __version__
+from fish_tuning.cli.env import env
+from fish_tuning.cli.inspect import inspect
+from fish_tuning.cli.plan import plan
+from fish_tuning.cli.report import report
+from fish_tuning.cli.run import run
+
+main = typer.Typer(
+    name="fish-tuning",
+    help="Train exactly the k parameters with the most Fisher information, and compare with LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    # An error of the user's is one message; the traceback of any other is worth reading whole.
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fish-tuning {__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (run, plan, inspect, report, env):
+    main.command()(_command)

@@ -1,0 +1,19 @@
+"""`fish-tuning plan`."""
+
+from fish_tuning.cli.terminal import ConfigFile, Overrides, quiet_libraries, stdout, user_errors
+
+
+def plan(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """Show budgets, trainable counts and steps, without weights and without training."""
+    with user_errors():
+        from fish_tuning.experiments.checks import check_model, check_training_args
+        from fish_tuning.experiments.config import load_config
+
+        config = load_config(config_file, overrides or [])
+        quiet_libraries()
+        check_training_args(config)
+        check_model(config.model.name)
+
+        from fish_tuning.experiments.plan import plan as plan_experiment
+
+        stdout().print(plan_experiment(config))

@@ -1,0 +1,40 @@
+"""`fish-tuning report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fish_tuning.cli.terminal import quiet_libraries, stdout, user_errors
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders with a results.json.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write to; by default the one folder itself.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Rebuild the report of one sweep, or write one over several."""
+    with user_errors():
+        from fish_tuning.experiments.config import ConfigError
+        from fish_tuning.experiments.results import read_results
+
+        if output is None and len(folders) > 1:
+            raise ConfigError(
+                f"--output: is needed for a report over {len(folders)} sweeps, which belongs to "
+                "none of their folders; add --output DIR"
+            )
+        results = [read_results(folder) for folder in folders]
+        home = folders[0] if folders[0].is_dir() else folders[0].parent
+        quiet_libraries()
+
+        from fish_tuning.experiments.report import write_report
+
+        for path in write_report(results, output or home):
+            stdout().print(str(path), markup=False, soft_wrap=True)

@@ -1,0 +1,178 @@
+"""What an experiment is going to do: budgets, exact counts, steps. No weights, no training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+
+from fish_tuning.experiments.arms import arm_counts
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.schema import ORIGINAL_LORA, ExperimentConfig
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One arm at one budget.
+
+    Attributes:
+        name: As in the results.
+        ratio: Budget as a fraction of the baseline; None where there is no budget.
+        trainable: Parameters it trains, head included.
+        total: All parameters, adapter and head included.
+    """
+
+    name: str
+    ratio: float | None
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment is going to do.
+
+    Attributes:
+        model: Name of the model.
+        num_labels: The model's outputs.
+        arms: Every arm at every budget.
+        seeds: Each arm runs once with each.
+        train_examples: Training examples; None if they cannot be counted here.
+        at_most: Whether that number is only a bound.
+        examples_note: Why they cannot be counted, if so.
+        steps: Optimizer steps of a run on one device; None if that takes their number.
+        output_dir: Where results are written.
+    """
+
+    model: str
+    num_labels: int
+    arms: tuple[PlannedArm, ...]
+    seeds: tuple[int, ...]
+    train_examples: int | None
+    at_most: bool
+    examples_note: str
+    steps: int | None
+    output_dir: str
+
+    @property
+    def num_runs(self) -> int:
+        """Number of trainings."""
+        return len(self.arms) * len(self.seeds)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the plan as a list of facts and a table of the arms."""
+        yield self._rendered()
+
+    def _rendered(self) -> RenderableType:
+        facts = Table.grid(padding=(0, 2))
+        for name, value in self._facts():
+            facts.add_row(name, value)
+        baseline = next((a.trainable for a in self.arms if a.name == ORIGINAL_LORA), None)
+        table = Table("arm", box=SIMPLE_HEAD)
+        for heading in ("budget", "trainable", "total", "share", "of LoRA"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for arm in self.arms:
+            table.add_row(
+                arm.name,
+                "" if arm.ratio is None else f"{arm.ratio:g}",
+                f"{arm.trainable:,}",
+                f"{arm.total:,}",
+                f"{arm.trainable / arm.total:.4%}",
+                "" if baseline is None else f"{arm.trainable / baseline:.4g}",
+            )
+        return Group(facts, table)
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "model", f"{self.model}, {self.num_labels} outputs"
+        bound = "at most " if self.at_most else ""
+        if self.train_examples is None:
+            yield "training examples", f"unknown: {self.examples_note}"
+        else:
+            yield "training examples", f"{bound}{self.train_examples:,}"
+        if self.steps is None:
+            yield "optimizer steps", "unknown, as they depend on the number of examples"
+        else:
+            yield "optimizer steps", f"{bound}{self.steps:,} a run, on one device"
+        seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
+        yield "runs", f"{self.num_runs}: {len(self.arms)} arms, each with {seeds}"
+        yield "results", self.output_dir
+
+
+def plan(config: ExperimentConfig) -> Plan:
+    """Work out what an experiment is going to do, from the model's config.json alone.
+
+    The data is read where it is local. Data of the hub is read only if the number of labels is
+    not known without it.
+
+    Args:
+        config: The experiment.
+
+    Raises:
+        ConfigError: If the model's config cannot be had, modules to adapt are not in the model, a
+            budget cannot be met, or the number of labels is not known and the data not readable.
+    """
+    num_labels, examples, note = _data(config)
+    at_most = False
+    if examples is None and config.dataset.max_train_samples is not None:
+        examples, at_most = config.dataset.max_train_samples, True
+    steps = optimizer_steps(config.training_args, examples)
+    counts = arm_counts(config, num_labels)
+    return Plan(
+        model=config.model.name,
+        num_labels=num_labels,
+        arms=tuple(PlannedArm(*arm, count.trainable, count.total) for arm, count in counts.items()),
+        seeds=tuple(config.seeds),
+        train_examples=examples,
+        at_most=at_most,
+        examples_note=note,
+        steps=steps,
+        output_dir=config.training.output_dir,
+    )
+
+
+def _data(config: ExperimentConfig) -> tuple[int, int | None, str]:
+    """Return the number of labels, that of training examples, and why there is none."""
+    known = config.dataset.known_num_labels
+    if known is not None and config.dataset.path is None:
+        source = "the hub" if config.dataset.load_args else "the installed packages"
+        return known, None, f"the data of {source} is not read for a plan"
+
+    from fish_tuning.experiments.data import load_data
+
+    try:
+        data = load_data(config.dataset)
+    except ConfigError as error:
+        if known is None:
+            raise ConfigError(
+                [*error.problems, "dataset.num_labels: is not given; with it, no data is needed"]
+            ) from error
+        return known, None, str(error)
+    return data.num_labels, len(data.train), ""
+
+
+def optimizer_steps(args: Mapping[str, Any], examples: int | None) -> int | None:
+    """Count the optimizer steps of a training on one device, as transformers' Trainer does.
+
+    Args:
+        args: Training arguments.
+        examples: Number of training examples; None if not known.
+
+    Returns:
+        The steps; None if they depend on the number of examples and that is not known.
+    """
+    max_steps: int = args.get("max_steps", -1)
+    if max_steps > 0:
+        return max_steps
+    if examples is None:
+        return None
+    batch_size: int = args.get("per_device_train_batch_size", 8)
+    accumulated: int = args.get("gradient_accumulation_steps", 1)
+    epochs: float = args.get("num_train_epochs", 3.0)
+    dropped = args.get("dataloader_drop_last", False)
+    batches = examples // batch_size if dropped else math.ceil(examples / batch_size)
+    return math.ceil(max(1, math.ceil(batches / accumulated)) * epochs)

@@ -1,0 +1,241 @@
+"""The plan: exact counts from a config.json alone, and steps."""
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fish_tuning.cli import main
+from fish_tuning.experiments.config import ConfigError, load_config
+from fish_tuning.experiments.plan import PlannedArm, optimizer_steps, plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted((CONFIGS / "experiments").glob("*.yaml"))
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "vocab_size": 28996,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+}
+BERT_TINY = BERT | {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 30522,
+}
+ROBERTA = BERT | {
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+}
+MINILM = BERT | {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "intermediate_size": 1536,
+    "vocab_size": 30522,
+}
+TINYLLAMA = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 5632,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+# LoRA's count and those of the masked arms, head included. BERT-base: 12 layers x 3 modules x
+# rank 8 x (768 + 768), and a head of 2 x 768 + 2. RoBERTa's head has a layer of 768 x 768 more.
+PUBLISHED = {
+    "bert_sst2": (BERT, 443_906, [443_906]),
+    "bert_tiny_sst2_fish_50": (BERT_TINY, 6_402, [3_201]),
+    "local_files": (MINILM, 74_498, [74_498, 37_249]),
+    "quickstart": (MINILM, 29_958, [29_958]),
+    "roberta_mrpc": (ROBERTA, 887_042, [443_521]),
+    "tinyllama_rotten_tomatoes_fish_25": (TINYLLAMA, 2_256_896, [564_224]),
+}
+
+
+def model_folder(folder: Path, config: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan must not ask the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files(path, tmp_path, monkeypatch, no_network):
+    """Guards the published counts, and a plan that needs weights, data or a network."""
+    config, lora, masked = PUBLISHED[path.stem]
+    folder = model_folder(tmp_path / "model", config)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["plan", str(path), "--set", f"model.name={folder}"])
+    assert result.exit_code == 0, result.output
+    rows = {}
+    for line in result.stdout.splitlines():
+        if "LoRA" in line and "%" in line:
+            *arm, count, _total, _share, _of_lora = line.split()
+            rows[" ".join(arm)] = count
+    assert rows.pop("Original LoRA") == f"{lora:,}"
+    assert set(rows.values()) == {f"{count:,}" for count in masked}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "e.yaml"
+    path.write_text(f"model: {{name: {model_folder(folder / 'm', BERT_TINY)}}}\n{text}")
+    return path
+
+
+LOCAL = "dataset: {path: data.csv}\n"
+
+
+def data(folder: Path, rows: int = 50) -> None:
+    lines = [f"sentence number {i},{['yes', 'no', 'maybe'][i % 3]}" for i in range(rows)]
+    (folder / "data.csv").write_text("\n".join(["text,label", *lines, ""]))
+
+
+def test_local_data_gives_labels_examples_and_steps(tmp_path, monkeypatch):
+    """Guards counts of a head whose size only the data knows."""
+    monkeypatch.chdir(tmp_path)
+    data(tmp_path)
+    text = LOCAL + "fish_tuning: {budgets: [1.0, 0.5]}\nseeds: [1, 2]\nlora: {fish_rank: 12}"
+    found = plan(load_config(written(tmp_path, text)))
+    # Rank 8 on PEFT's own choice for BERT, query and value, and a head of 3 x 128 + 3.
+    lora = 2 * 2 * 8 * (128 + 128) + 3 * 128 + 3
+    total = 4_385_920 + lora
+    assert found.num_labels == 3
+    assert found.train_examples == 45
+    assert found.steps == 9
+    assert found.arms[0] == PlannedArm("Original LoRA", None, lora, total)
+    assert [(arm.name, arm.ratio, arm.trainable) for arm in found.arms[1:]] == [
+        (f"LoRA-FISH{kind}", ratio, round(ratio * lora))
+        for ratio in (1.0, 0.5)
+        for kind in ("", "-rand", "-rev")
+    ]
+    assert found.num_runs == 14
+
+
+def test_counts_of_other_arms(tmp_path, monkeypatch):
+    """Guards dense LoRA, LoRA-FA and peers, which have no budget."""
+    monkeypatch.chdir(tmp_path)
+    text = (
+        "dataset: {load_args: [imdb]}\n"
+        "lora: {baseline_rank: 2, fish_rank: 4, target_modules: [query]}\n"
+        "fish_tuning: {methods_to_run: [Original LoRA, LoRA (FISH rank), LoRA-FA]}\n"
+        "peers: [{method: IA3, config: {feedforward_modules: []}}]\n"
+    )
+    found = plan(load_config(written(tmp_path, text)))
+    head = 2 * 128 + 2
+    assert {arm.name: arm.trainable - head for arm in found.arms} == {
+        "Original LoRA": 2 * 2 * 256,
+        "LoRA (FISH rank)": 2 * 4 * 256,
+        "LoRA-FA": 2 * 4 * 128,
+        "IA3": 2 * 128,
+    }
+
+
+def test_broken_data_is_no_matter_where_labels_are_known(tmp_path, monkeypatch):
+    """Guards plans before the data is there: the counts stand, the steps say why they do not."""
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, "dataset: {path: data.csv, num_labels: 2}")
+    result = CliRunner().invoke(main, ["plan", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "unknown: dataset.path: there is no file 'data.csv'" in result.stdout
+    assert "unknown, as they depend on the number of examples" in result.stdout
+
+
+def test_unknown_number_of_labels(tmp_path, monkeypatch):
+    """Guards against a plan that guesses the size of the head."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no file 'data\.csv'[\s\S]*dataset\.num_labels: is not"):
+        plan(load_config(written(tmp_path, LOCAL)))
+
+
+def test_bound_where_examples_are_not_counted(tmp_path):
+    """Guards a bound that is shown as if it were the number."""
+    text = "dataset: {load_args: [imdb], max_train_samples: 100}"
+    result = CliRunner().invoke(main, ["plan", str(written(tmp_path, text))])
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "training examples at most 100" in lines
+    assert "optimizer steps at most 21 a run, on one device" in lines
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: {target_modules: [qury]}", r"lora\.target_modules: \['qury'\] does not fit"),
+        (
+            "fish_tuning: {prune_to_ratio_of_baseline: 0.001}",
+            r"prune_to_ratio_of_baseline: 0\.001 of the baseline is \d+ parameters.*from 259 to",
+        ),
+        ("lora: {baseline_rank: 16, fish_rank: 4}", r"lora\.fish_rank 4 .* do not allow"),
+        ("peers: [{method: IA3, config: {r: 2}}]", r"peers: IA3: IA3Config has no 'r'"),
+    ],
+)
+def test_what_only_the_model_can_refuse(tmp_path, text, message):
+    """Guards adapters and budgets that do not fit the model against a failure after hours."""
+    path = written(tmp_path, "dataset: {load_args: [imdb]}\n" + text)
+    result = CliRunner().invoke(main, ["plan", str(path)])
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split()))
+
+
+@pytest.mark.parametrize(
+    ("args", "examples"),
+    [
+        ({}, 1),
+        ({}, 100),
+        ({"num_train_epochs": 0.5}, 100),
+        ({"num_train_epochs": 2.5, "per_device_train_batch_size": 7}, 100),
+        ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4}, 50),
+        ({"gradient_accumulation_steps": 30}, 50),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 16}, 50),
+        ({"max_steps": 7}, 50),
+    ],
+)
+def test_steps_are_those_of_the_trainer(tmp_path, args, examples):
+    """Guards the rounding of steps against transformers' own."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    trainer = Trainer(
+        torch.nn.Linear(1, 1),
+        TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **args),
+        train_dataset=[{"x": 0.0}] * examples,
+        data_collator=list,
+    )
+    loader = trainer.get_train_dataloader()
+    assert (
+        optimizer_steps(args, examples)
+        == trainer.set_initial_training_values(trainer.args, loader)[-1]
+    )
+
+
+def test_steps_that_need_no_examples():
+    """Guards max_steps, which holds whatever the data, and steps that are made up."""
+    assert optimizer_steps({"max_steps": 10}, None) == 10
+    assert optimizer_steps({}, None) is None
