@@ -18,7 +18,8 @@ RUN_FILE = "result.json"
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A training that diverged has metrics that JSON has no number for.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TensorDensity(_Record):
@@ -154,7 +155,9 @@ def _read(path: Path, kind: type[R]) -> R:
         raise ConfigError(
             f"{path}: is not whole JSON ({error}); run the experiment again"
         ) from None
-    version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else None
+    version = FORMAT_VERSION
+    if isinstance(content, dict):
+        version = content.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"{path}: has format_version {version!r}, this version of fish-tuning reads "
@@ -163,7 +166,7 @@ def _read(path: Path, kind: type[R]) -> R:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "its content"
         raise ConfigError(
             f"{path}: {where}: {error.errors()[0]['msg']}; it is damaged or no results file"
         ) from None
