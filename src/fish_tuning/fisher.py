@@ -117,20 +117,23 @@ def calculate_fisher_information(
             if num_samples is not None and count + size > num_samples:
                 size = num_samples - count
                 batch = take(batch, 0, size)
-            if scorer is None:
+            if scorer is None and objective.has_label(batch):
                 scorer = _scorer_for(model, parameters, objective, batch)
-            try:
-                scorer.add(batch, count)
-            except NoRuleError as reason:
-                # Only the first batch is checked, so nothing that was added is lost here.
-                scorer = _one_by_one(parameters, objective, reason)
-                scorer.add(batch, count)
+            if scorer is not None:
+                try:
+                    scorer.add(batch, count)
+                except NoRuleError as reason:
+                    # Raised before anything of this batch is in the sums.
+                    scorer = _one_by_one(parameters, objective, reason, scorer.sums)
+                    scorer.add(batch, count)
             count += size
             bar.update(size)
             if count == num_samples:
                 break
-    if scorer is None:
+    if count == 0:
         raise ValueError("the calibration dataloader is empty: give at least one example")
+    if scorer is None:
+        raise ValueError(f"all labels of the {count} calibration examples are -100")
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
     scores = {name: total.div_(count) for name, total in scorer.sums.items()}
@@ -223,7 +226,7 @@ class _OnePass:
         self.sums = gradients.sums
 
     def add(self, batch: Batch, first: int) -> None:
-        with self.gradients.watching():
+        with self.gradients.watching(batch_size(batch)):
             losses = self.objective(batch, first)
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
                 self.gradients.backward(loss, retain_graph=left > 0)
@@ -232,9 +235,14 @@ class _OnePass:
 class _OneByOne:
     """One backward pass an example: always right, and slower."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], objective: Objective) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        objective: Objective,
+        sums: dict[str, Tensor] | None = None,
+    ) -> None:
         self.parameters, self.objective = parameters, objective
-        self.sums = zeros_for(parameters)
+        self.sums = zeros_for(parameters) if sums is None else sums
 
     def add(self, batch: Batch, first: int) -> None:
         for i in range(batch_size(batch)):
@@ -274,10 +282,13 @@ def _scorer_for(
 
 
 def _one_by_one(
-    parameters: dict[str, nn.Parameter], objective: Objective, reason: object
+    parameters: dict[str, nn.Parameter],
+    objective: Objective,
+    reason: object,
+    sums: dict[str, Tensor] | None = None,
 ) -> _OneByOne:
     logger.warning("Scoring one example at a time, which is slower: %s", reason)
-    return _OneByOne(parameters, objective)
+    return _OneByOne(parameters, objective, sums)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.batches import LABELS, Batch, Forward, batch_size, take
@@ -12,6 +13,7 @@ from fish_tuning.likelihood import (
     IGNORED,
     LIKELIHOODS,
     Likelihood,
+    Regression,
     TokenReduction,
     Tokens,
     generator_of,
@@ -60,20 +62,30 @@ class Objective:
         """Whether a batch of several examples has a loss for each."""
         return self._loss_fn is not None or self._likelihood is not None
 
-    @torch.no_grad()
+    def has_label(self, batch: Batch) -> bool:
+        """Whether there is an example to recognise a loss by: one whose labels are not all -100.
+
+        An example without labels scores 0.
+        """
+        labels = _labels_of(batch)
+        if self._loss_fn is not None or not _is_by_token(labels):
+            return True
+        return bool((labels != IGNORED).any())
+
     def recognise(self, batch: Batch) -> None:
         """Calls the model with one example and finds out how its loss is made.
 
         Raises:
             ValueError: No loss can be made of the outputs and the batch.
         """
-        one = _first_labelled(batch)
+        position = _best_labelled(batch)
+        one = take(batch, position, position + 1)
         outputs = self.forward(one, with_labels=self._loss_fn is None)
         if self._loss_fn is not None:
             return
         own = _field(outputs, "loss")
         logits = _field(outputs, "logits")
-        labels = one.get(LABELS) if isinstance(one, Mapping) else (one[1] if len(one) > 1 else None)
+        labels = _labels_of(one)
         if labels is None and own is None:
             keys = ", ".join(one) if isinstance(one, Mapping) else f"{len(one)} unnamed items"
             raise ValueError(
@@ -81,7 +93,7 @@ class Objective:
                 "or pass a loss_fn(outputs, batch)"
             )
         if own is not None:
-            _check_finite(own.reshape(1), 0)
+            _check_finite(own.reshape(1), position)
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
             self._likelihood = _matching(logits, labels, own, self._reduction)
         if self._likelihood is None:
@@ -125,7 +137,9 @@ class Objective:
         if self._likelihood is None:
             return [_field(self.forward(batch, with_labels=True), "loss").reshape(1)]
         logits = _field(self.forward(batch, with_labels=False), "logits")
-        labels = batch[LABELS] if isinstance(batch, Mapping) else batch[1]
+        labels = _labels_of(batch)
+        if isinstance(self._likelihood, Tokens) and self._likelihood.shifted:
+            labels = _predicted_from_text(labels, batch)
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
         if self._label_samples is None:
@@ -141,27 +155,67 @@ class Objective:
         return losses
 
 
-def _first_labelled(batch: Batch) -> Batch:
-    """The first example that has a label at all: one without has no loss to compare."""
-    labels = batch.get(LABELS) if isinstance(batch, Mapping) else None
-    position = 0
-    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 1:
-        position = int((labels != IGNORED).flatten(1).any(1).float().argmax())
-    return take(batch, position, position + 1)
+def _labels_of(batch: Batch) -> Any:
+    if isinstance(batch, Mapping):
+        return batch.get(LABELS)
+    return batch[1] if len(batch) > 1 else None
+
+
+def _is_by_token(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 1
+
+
+def _best_labelled(batch: Batch) -> int:
+    """The example with the most labels: one without has no loss to compare."""
+    labels = _labels_of(batch)
+    if not _is_by_token(labels):
+        return 0
+    return int((labels != IGNORED).flatten(1).sum(1).argmax())
+
+
+def _predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
+    """Labels without that of the first token after padding on the left.
+
+    Without padding nothing predicts the first token, and so no padding position may either.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return labels
+    return labels.masked_fill(F.pad(mask[:, :-1], (1, 0), value=1) == 0, IGNORED)
 
 
 def _matching(
     logits: Tensor, labels: Tensor, own: Tensor | None, reduction: TokenReduction
 ) -> Likelihood | None:
-    """The likelihood that gives the model's own loss of one example; without it, what fits."""
+    """The likelihood that agrees with the model's own loss of one example; without it, what fits.
+
+    The gradient has to agree too: at logits near 0 many losses have the same value.
+    """
     fitting = [kind for kind in LIKELIHOODS if kind.fits(logits, labels)]
+    if own is None and logits.shape[-1] == 1 and Regression() in fitting:
+        # As transformers reads it: one output is a regression.
+        fitting = [Regression()]
     if own is not None:
-        tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps) * (1 + float(own.abs()))
-        distances = {kind: float((kind.losses(logits, labels) - own).abs()) for kind in fitting}
-        fitting = [kind for kind in fitting if distances[kind] <= tolerance]
-        # In half precision two readings can come as close; the order of likelihood decides then.
-        if own.dtype in (torch.float32, torch.float64):
-            fitting.sort(key=distances.__getitem__)
+        eps = max(torch.finfo(own.dtype).eps, torch.finfo(logits.dtype).eps)
+        tolerance = max(1e-4, 4 * eps)
+        gradient = None
+        if own.requires_grad and logits.requires_grad:
+            # None where the loss is computed of other logits than these.
+            (gradient,) = torch.autograd.grad(own, logits, allow_unused=True)
+        distances = {}
+        for kind in fitting:
+            leaf = logits.detach().requires_grad_()
+            loss = kind.losses(leaf, labels).sum()
+            distance = float((loss - own).detach().abs())
+            if distance > tolerance * float(own.detach().abs()) + 1e-4:
+                continue
+            if gradient is not None:
+                (known,) = torch.autograd.grad(loss, leaf)
+                if (known - gradient).norm() > tolerance * known.norm() + 1e-6:
+                    continue
+            distances[kind] = distance
+        # Half precision's tolerance may let a second reading in. The sort is stable.
+        fitting = sorted(distances, key=distances.__getitem__)
     if not fitting:
         return None
     best = fitting[0]
@@ -182,7 +236,8 @@ def _shape(value: Any) -> tuple[int, ...] | str:
 
 
 def _check_finite(losses: Tensor, first: int) -> None:
-    bad = (~torch.isfinite(losses.detach())).nonzero()
+    losses = losses.detach()
+    bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         i = int(bad[0])
         raise ValueError(

@@ -5,6 +5,7 @@ For a linear layer with input ``x`` and output gradient ``g`` the gradient of ex
 the parameters are all it takes. Each rule below is such a product, by type of module.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 CHUNK_ENTRIES = 2**24
@@ -64,9 +66,15 @@ def _layer_norm_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
 
 
 def _rms_norm_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = w * x / rms(x) over the last axis: (b, t, d), (b, t, d) -> (b, d)."""
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return _tokens(F.rms_norm(x, x.shape[-1:], eps=eps) * g).sum(1)
+    """y = w * n(x) or (1 + w) * n(x), n the norm: (b, t, d), (b, t, d) -> (b, d).
+
+    The module itself computes n(x): some round to float32 in between, whatever the input is.
+    """
+    like = module.get_parameter("weight").to(x.dtype)
+    at_one, at_zero = (
+        functional_call(module, {"weight": torch.full_like(like, value)}, x) for value in (1, 0)
+    )
+    return _tokens((at_one - at_zero) * g).sum(1)
 
 
 Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -88,7 +96,8 @@ def _rule_for(module: nn.Module, attribute: str) -> Rule | None:
     # transformers writes one RMSNorm class a model; one that borrows the name for something else
     # is caught when the first batch is compared with autograd.
     if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")) and attribute == "weight":
-        return _rms_norm_weight
+        takes_one_input = len(inspect.signature(module.forward).parameters) == 1
+        return _rms_norm_weight if takes_one_input else None
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return None
     return _RULES.get((type(module).forward, attribute))
@@ -131,6 +140,7 @@ class PerExampleGradients:
                         kind = type(module).__name__
                         raise NoRuleError(f"{name}, {attribute!r} of a {kind}, has no rule")
                     self._owned[module].append((name, rule))
+        self._size = 0
         self._roots: list[Tensor] = []
         self._expected: dict[str, int] = defaultdict(int)
         self._arrived: dict[str, list[tuple[_Use, Rule]]] = defaultdict(list)
@@ -143,28 +153,41 @@ class PerExampleGradients:
     def checking_batch_axis(self) -> Iterator[None]:
         """Inside the block the model is called with one example.
 
-        A module that sees other than one row then (positions shared by the batch, the tokens of
-        all examples in one row) has no gradient of one example to give.
+        A module that sees other than one row then (the tokens of all examples in one axis) has no
+        gradient of one example to give.
 
         Raises:
             NoRuleError: On leaving the block, if there is such a module.
         """
-        misfits: list[str] = []
+        misfits: list[NoRuleError] = []
 
         def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            shape = tuple(_input(args, kwargs).shape)
-            if shape[:1] != (1,):
-                name = self._owned[module][0][0]
-                misfits.append(f"the module of {name} is given {shape} for one example")
+            try:
+                self._check_batch_axis(module, _input(args, kwargs), 1)
+            except NoRuleError as misfit:
+                misfits.append(misfit)
 
         with self._hooked(look):
             yield
         if misfits:
-            raise NoRuleError(f"{misfits[0]}: its first axis is not the batch")
+            raise misfits[0]
+
+    def _check_batch_axis(self, module: nn.Module, x: Tensor, size: int) -> None:
+        if x.shape[:1] != (size,):
+            raise NoRuleError(
+                f"the module of {self._owned[module][0][0]} is given {tuple(x.shape)} for {size} "
+                f"example{'s' * (size != 1)}: its first axis is not the batch"
+            )
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside the block the model is called with a batch and `backward` is called."""
+    def watching(self, size: int) -> Iterator[None]:
+        """Inside the block the model is called with a batch and `backward` is called.
+
+        Args:
+            size: The number of examples. A module that is called with another number of rows
+                (positions shared by the batch) raises `NoRuleError` then and there.
+        """
+        self._size = size
         try:
             with self._hooked(self._on_forward):
                 yield
@@ -186,6 +209,7 @@ class PerExampleGradients:
         if not output.requires_grad:
             return
         x = _input(args, kwargs)
+        self._check_batch_axis(module, x, self._size)
         if not x.requires_grad:
             self._roots.append(output)
         for name, _ in self._owned[module]:
@@ -210,7 +234,8 @@ class PerExampleGradients:
             retain_graph: Keep the graph for another call on the same forward pass.
 
         Raises:
-            NoRuleError: The sum over the examples is not the gradient of the batch.
+            NoRuleError: The sum over the examples is not the gradient of the batch; `sums` is 0
+                again then.
         """
         total = losses.sum()
         if self._checked:
@@ -226,8 +251,13 @@ class PerExampleGradients:
             total, [*self._parameters.values()], retain_graph=retain_graph, allow_unused=True
         )
         self._flush()
-        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
-            self._compare(name, self._totals[name], parameter, gradient)
+        try:
+            for (name, weight), gradient in zip(self._parameters.items(), gradients, strict=True):
+                self._compare(name, self._totals[name], weight, gradient)
+        except NoRuleError:
+            for wrong in self.sums.values():
+                wrong.zero_()
+            raise
         self._totals, self._checked = None, True
 
     def _flush(self) -> None:
@@ -259,7 +289,7 @@ class PerExampleGradients:
             factors = [(use.module, rule, *_cast(use, sums)) for use, rule in uses]
             if totals is not None:
                 self._magnitudes[name] = sum(
-                    (g.norm() * (x.float().norm() + g.numel() ** 0.5) for _, _, x, g in factors),
+                    (g.norm() * (_norm(x) + g.numel() ** 0.5) for _, _, x, g in factors),
                     start=sums.new_zeros(()),
                 )
             rules = {rule for _, rule, _, _ in factors}
@@ -311,6 +341,11 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     value = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(value, Tensor)
     return value
+
+
+def _norm(x: Tensor) -> Tensor | float:
+    """The norm of a factor; the indices of an embedding are none."""
+    return x.norm() if x.is_floating_point() else 0.0
 
 
 def _cast(use: _Use, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from fish_tuning.mask import FishMask
 from fish_tuning.sparse import apply_mask, get_mask, masked_parameters
@@ -95,8 +96,8 @@ class FishTuningTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        # Models with a save_pretrained of their own have done this.
-        if not hasattr(self.model, "save_pretrained") and self.args.should_save:
+        # Trainer calls the save_pretrained of these alone, which brings the mask along.
+        if not isinstance(self.model, PreTrainedModel | PeftModel) and self.args.should_save:
             mask = get_mask(self.masked_model)
             assert mask is not None
             mask.save_pretrained(str(output_dir or self.args.output_dir))

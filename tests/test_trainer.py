@@ -1,0 +1,551 @@
+"""FishTuningTrainer and FishTuningCallback in transformers' and TRL's training loops."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from fish_tuning import (
+    FishMask,
+    FishTuningCallback,
+    FishTuningTrainer,
+    apply_mask,
+    get_mask,
+    remove_mask,
+)
+
+from .models import examples_for, tiny_bert, tiny_llama, tiny_t5, with_lora
+
+HEAD = "modules_to_save"
+STEPS, KILLED_AT = 6, 3
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def random_mask(model, density=0.4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.ones(p.shape, dtype=torch.bool)
+        if HEAD in name
+        else torch.rand(p.shape, generator=generator) < density
+        for name, p in trainable(model).items()
+    }
+
+
+def tensor_of(model, name):
+    path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute).detach()
+
+
+def tensors_of(model, names):
+    return {name: tensor_of(model, name).clone() for name in names}
+
+
+def assert_trained_where_selected(model, mask, before):
+    """Frozen entries have the same bits as before, nearly all selected ones others."""
+    selected = changed = 0
+    for name, bits in mask.items():
+        now, old = tensor_of(model, name), before[name]
+        assert torch.equal(now[~bits].view(torch.int32), old[~bits].view(torch.int32)), name
+        selected += int(bits.sum())
+        changed += int((now != old)[bits].sum())
+    assert changed > 0.9 * selected > 0
+
+
+def lora_bert(dropout=True):
+    rates = (
+        {} if dropout else dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0)
+    )
+    return with_lora(
+        tiny_bert(**rates), init_lora_weights=False, lora_dropout=0.1 if dropout else 0.0
+    )
+
+
+def data_for(model, n=12):
+    return examples_for(model, n, shortest=6, longest=6)
+
+
+def arguments(folder, kind=TrainingArguments, **settings):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 100,
+    }
+    return kind(**{**defaults, **settings})
+
+
+def trainer_for(model, folder, mask=None, callbacks=None, **settings):
+    return FishTuningTrainer(
+        model=model,
+        args=arguments(folder, **settings),
+        train_dataset=data_for(model),
+        mask=mask,
+        callbacks=callbacks,
+    )
+
+
+def files_in(folder):
+    return {file.name for file in Path(folder).iterdir()}
+
+
+class Classifier(nn.Module):
+    """A plain module in the shape that Trainer wants."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.last(torch.tanh(self.first(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class SelfSaving(Classifier):
+    """A plain module with a save_pretrained that Trainer does not call."""
+
+    def save_pretrained(self, save_directory):
+        raise NotImplementedError
+
+
+def points():
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(6, generator=generator), "labels": i % 3} for i in range(12)]
+
+
+# Training
+
+
+class Decay(TrainerCallback):
+    """Decays the selected entries that Trainer decays, before the optimizer's step."""
+
+    def __init__(self, mask, rate):
+        self.mask, self.rate = mask, rate
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        for name, p in model.named_parameters():
+            if "bias" not in name and "LayerNorm" not in name:
+                p -= optimizer.param_groups[0]["lr"] * self.rate * p * self.mask[name]
+
+
+def test_training_equals_a_dense_reference(tmp_path):
+    """Guards against masked biases and LayerNorms that decay, which Trainer never lets decay."""
+    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0)
+    model = tiny_bert(**dropout)
+    twin, mask = copy.deepcopy(model), random_mask(model)
+    for name in mask:
+        if "key.bias" in name:
+            mask[name].zero_()  # The softmax takes no notice of it: its gradient is rounding.
+    assert sum("LayerNorm" in name or "bias" in name for name in mask) > 20
+    settings = {"max_steps": 20, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    trainer_for(model, tmp_path, mask, **settings).train()
+    for name, p in twin.named_parameters():
+        p.register_hook(lambda gradient, bits=mask[name]: gradient * bits)
+    Trainer(
+        model=twin,
+        args=arguments(tmp_path, **settings, **{"weight_decay": 0}),
+        train_dataset=data_for(twin),
+        callbacks=[Decay(mask, 0.1)],
+    ).train()
+    for name in mask:
+        expected = tensor_of(twin, name)
+        torch.testing.assert_close(tensor_of(model, name), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_gradient_checkpointing_trains_the_same(reentrant, tmp_path):
+    """Guards against Trainer's own way of checkpointing, which readies the model for it."""
+    results = []
+    for checkpointed in (False, True):
+        model = with_lora(tiny_llama(), init_lora_weights=False, lora_dropout=0.0)
+        mask, before = random_mask(model), tensors_of(model, trainable(model))
+        trainer_for(
+            model,
+            tmp_path,
+            mask,
+            gradient_checkpointing=checkpointed,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        ).train()
+        assert_trained_where_selected(model, mask, before)
+        results.append(tensors_of(model, mask))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_masked_model_needs_no_mask(tmp_path):
+    """Guards against a second mask on a model that get_fish_model has masked."""
+    model = lora_bert()
+    mask, before = random_mask(model), tensors_of(model, trainable(model))
+    apply_mask(model, mask)
+    trainer = trainer_for(model, tmp_path)
+    trainer.train()
+    assert_trained_where_selected(model, mask, before)
+    assert sum(p.numel() for p in trainable(model).values()) == FishMask(mask).num_trainable
+
+
+def test_evaluation_sees_the_trained_values(tmp_path):
+    """Guards against an evaluation of the model as it was."""
+    model = lora_bert()
+    mask = random_mask(model)
+    trainer = trainer_for(model, tmp_path, mask)
+    before = trainer.evaluate(data_for(model))["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate(data_for(model))["eval_loss"]
+    assert abs(after - before) > 1e-3
+    assert trainer.evaluate(data_for(model))["eval_loss"] == after
+    remove_mask(model)
+    assert trainer.evaluate(data_for(model))["eval_loss"] == pytest.approx(after, abs=1e-7)
+
+
+# Files
+
+
+def test_saved_model_is_the_plain_adapter(tmp_path):
+    """Guards against names of ours in the adapter file, a mask left out, values left behind."""
+    model, plain = lora_bert(), lora_bert()
+    plain.save_pretrained(tmp_path / "plain")
+    mask = random_mask(model)
+    trainer = trainer_for(model, tmp_path, mask, save_strategy="steps", save_steps=STEPS)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    names = set(load_file(tmp_path / "plain/adapter_model.safetensors"))
+    examples = data_for(model)
+    batch = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert not torch.allclose(plain.eval()(**batch).logits, expected, atol=1e-3)
+        for folder in (tmp_path / "saved", tmp_path / f"checkpoint-{STEPS}"):
+            assert set(load_file(folder / "adapter_model.safetensors")) == names
+            assert FishMask.from_pretrained(folder) == FishMask(mask)
+            loaded = PeftModel.from_pretrained(tiny_bert(), folder).eval()
+            assert torch.equal(loaded(**batch).logits, expected)
+    assert {"fish_mask.json", "fish_mask.safetensors"} <= files_in(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", [Classifier, SelfSaving])
+def test_plain_module(kind, tmp_path):
+    """Guards against checkpoints of a module without PEFT that have no mask and do not resume."""
+    settings = {"save_strategy": "steps", "save_steps": KILLED_AT}
+
+    def trainer(model, **more):
+        return FishTuningTrainer(
+            model=model,
+            args=arguments(tmp_path, **settings, **more),
+            train_dataset=points(),
+            mask=random_mask(model),
+        )
+
+    model = kind()
+    mask, before = random_mask(model, 0.5), tensors_of(model, trainable(model))
+    mask = random_mask(model)
+    trainer(model).train()
+    assert_trained_where_selected(model, mask, before)
+    saved = load_file(tmp_path / f"checkpoint-{STEPS}/model.safetensors")
+    assert saved.keys() == before.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, tensor_of(model, name))
+    assert FishMask.from_pretrained(tmp_path / f"checkpoint-{STEPS}") == FishMask(mask)
+    again = kind()
+    trainer(again).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{KILLED_AT}"))
+    for name in mask:
+        assert torch.equal(tensor_of(again, name), tensor_of(model, name)), name
+
+
+class Kill(TrainerCallback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def checkpointed_run(folder, callbacks=None, resume=None):
+    torch.manual_seed(0)
+    model = lora_bert()
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS}
+    trainer = trainer_for(model, folder, random_mask(model), callbacks, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def test_killed_run_resumes_bit_for_bit(tmp_path):
+    """Guards against resuming with values, moments or dropout that the run did not have."""
+    whole = checkpointed_run(tmp_path / "whole")
+    code = (
+        "import sys; from tests.test_trainer import Kill, checkpointed_run, KILLED_AT; "
+        "checkpointed_run(sys.argv[1], [Kill(KILLED_AT)])"
+    )
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "killed")],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert {f for f in files_in(tmp_path / "killed") if "check" in f} == {"checkpoint-2"}
+    resumed = checkpointed_run(tmp_path / "killed", resume=True)
+    mask, before = random_mask(lora_bert()), tensors_of(lora_bert(), trainable(lora_bert()))
+    for name in mask:
+        assert torch.equal(tensor_of(resumed, name), tensor_of(whole, name)), name
+    assert_trained_where_selected(resumed, mask, before)
+
+
+def test_resume_with_another_mask_is_refused(tmp_path):
+    """Guards against optimizer moments that end on other entries than they belong to."""
+    checkpointed_run(tmp_path)
+    model = lora_bert()
+    trainer = trainer_for(model, tmp_path, random_mask(model, seed=1))
+    with pytest.raises(ValueError, match=r"checkpoint-6.*another mask.*FishMask\.from_pretrained"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_resume_without_a_mask_file_is_refused(tmp_path):
+    """Guards against going on from a dense run's checkpoint as if it had been masked."""
+    checkpointed_run(tmp_path)
+    (tmp_path / "checkpoint-6/fish_mask.json").unlink()
+    model = lora_bert()
+    trainer = trainer_for(model, tmp_path, random_mask(model))
+    with pytest.raises(FileNotFoundError, match=r"fish_mask\.json does not exist"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+class Record(TrainerCallback):
+    def __init__(self, names):
+        self.names, self.seen = names, {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen[state.global_step] = tensors_of(model, self.names)
+
+
+@pytest.mark.parametrize("kind", ["peft", "module"])
+def test_best_model_is_restored(kind, tmp_path):
+    """Guards against a best model that the next forward overwrites with the last values."""
+    model = lora_bert() if kind == "peft" else Classifier()
+    data = data_for(model) if kind == "peft" else points()
+    mask, before = random_mask(model), tensors_of(model, trainable(model))
+    record = Record(list(mask))
+    marks = iter([0.1, 0.9, 0.2])
+    trainer = FishTuningTrainer(
+        model=model,
+        args=arguments(
+            tmp_path,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="mark",
+            greater_is_better=True,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda prediction: {"mark": next(marks)},
+        mask=mask,
+        callbacks=[record],
+    )
+    trainer.train()
+    best, last = record.seen[4], record.seen[6]
+    assert any(not torch.equal(best[name], last[name]) for name in mask)
+    for _ in range(2):
+        for name in mask:
+            assert torch.equal(tensor_of(model, name), best[name]), name
+        with torch.no_grad():
+            trainer.prediction_step(model, trainer.data_collator(data[:4]), True)
+    assert_trained_where_selected(model, mask, before)
+    remove_mask(model)
+    for name in mask:
+        assert torch.equal(tensor_of(model, name), best[name]), name
+
+
+# Other trainers
+
+
+def test_seq2seq_trainer(tmp_path):
+    """Guards against a callback that fits only our own Trainer; generation in evaluation too."""
+    model = with_lora(tiny_t5(), init_lora_weights=False)
+    mask, before = random_mask(model), tensors_of(model, trainable(model))
+    data = [example | {"labels": example["labels"][:2]} for example in data_for(model)]
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=arguments(
+            tmp_path,
+            Seq2SeqTrainingArguments,
+            predict_with_generate=True,
+            generation_max_length=4,
+        ),
+        train_dataset=data,
+        eval_dataset=data[:4],
+        callbacks=[FishTuningCallback(mask)],
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert_trained_where_selected(model, mask, before)
+    trainer.save_model(tmp_path / "saved")
+    assert FishMask.from_pretrained(tmp_path / "saved") == FishMask(mask)
+
+
+WORDS = ["<pad>", "<eos>", "<unk>", "the", "fish", "swims", "up", "river", "and", "down", "again"]
+
+
+def tiny_tokenizer():
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_sft_trainer(tmp_path):
+    """Guards against TRL's Trainer, which casts, wraps and checkpoints the model as it likes."""
+    trl = pytest.importorskip("trl")
+    model = with_lora(tiny_llama(max_position_embeddings=64), init_lora_weights=False)
+    mask, before = random_mask(model), tensors_of(model, trainable(model))
+    text = ["the fish swims up the river", "the fish swims down again", "up and down the river"] * 4
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments(tmp_path, trl.SFTConfig, max_length=16, bf16=False),
+        train_dataset=Dataset.from_dict({"text": text}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[FishTuningCallback(mask)],
+    )
+    trainer.train()
+    assert_trained_where_selected(model, mask, before)
+    trainer.save_model(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(tiny_llama(max_position_embeddings=64), tmp_path / "saved")
+    for name in mask:
+        assert torch.equal(tensor_of(loaded, name), tensor_of(model, name)), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_dpo_trainer(tmp_path):
+    """Guards against the reference forward without adapter between forward and backward."""
+    trl = pytest.importorskip("trl")
+    model = with_lora(tiny_llama(max_position_embeddings=64), init_lora_weights=False)
+    mask, before = random_mask(model), tensors_of(model, trainable(model))
+    columns = {"prompt": "the fish", "chosen": " swims up", "rejected": " down again"}
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments(tmp_path, trl.DPOConfig, max_length=16, bf16=False),
+        train_dataset=Dataset.from_dict({key: [text] * 8 for key, text in columns.items()}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[FishTuningCallback(mask)],
+    )
+    trainer.train()
+    assert_trained_where_selected(model, mask, before)
+
+
+# Errors
+
+
+def test_no_mask_at_all(tmp_path):
+    """Guards against dense training by somebody who forgot the mask."""
+    with pytest.raises(ValueError, match=r"no mask: pass one.*get_fish_model"):
+        trainer_for(lora_bert(), tmp_path)
+
+
+def test_mask_of_another_model(tmp_path):
+    """Guards against a Trainer that leaves the model half masked when the mask does not fit."""
+    model = lora_bert()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="Was it made for another model"):
+        trainer_for(model, tmp_path, random_mask(with_lora(tiny_llama())))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert get_mask(model) is None
+
+
+def test_mask_for_a_masked_model(tmp_path):
+    """Guards against a mask that is silently ignored, or laid over the first."""
+    model = lora_bert()
+    mask = random_mask(model)
+    apply_mask(model, mask)
+    with pytest.raises(ValueError, match="has a mask already"):
+        trainer_for(model, tmp_path, mask)
+
+
+def test_optimizer_built_before_the_mask(tmp_path):
+    """Guards against an optimizer that steps parameters no longer in the model."""
+    model = lora_bert()
+    mask = random_mask(model)
+    optimizer = torch.optim.AdamW(trainable(model).values(), 0.01)
+    trainer = FishTuningTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=data_for(model),
+        mask=mask,
+        optimizers=(optimizer, None),
+    )
+    before = tensors_of(model, mask)
+    with pytest.raises(RuntimeError, match="optimizer was built before the mask"):
+        trainer.train()
+    assert all(torch.equal(tensor_of(model, name), tensor) for name, tensor in before.items())
+
+
+def test_optimizer_built_after_the_mask(tmp_path):
+    """Guards against refusing an optimizer of the user's that is right."""
+    model = lora_bert()
+    mask, before = random_mask(model), tensors_of(model, trainable(model))
+    apply_mask(model, mask)
+    optimizer = torch.optim.SGD(trainable(model).values(), 0.5)
+    FishTuningTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=data_for(model),
+        optimizers=(optimizer, None),
+    ).train()
+    assert_trained_where_selected(model, mask, before)
+
+
+def test_callback_added_late(tmp_path):
+    """Guards against dense training because the callback missed the Trainer's construction."""
+    model = lora_bert()
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data_for(model))
+    trainer.add_callback(FishTuningCallback(random_mask(model)))
+    with pytest.raises(RuntimeError, match=r"came after the Trainer was built.*callbacks="):
+        trainer.train()
+
+
+def test_model_init_is_refused(tmp_path):
+    """Guards against a fresh dense model that takes the masked one's place in train()."""
+    trainer = FishTuningTrainer(
+        model_init=lora_bert,
+        args=arguments(tmp_path),
+        train_dataset=data_for(lora_bert()),
+        mask=random_mask(lora_bert()),
+    )
+    with pytest.raises(RuntimeError, match="model_init is not supported"):
+        trainer.train()
