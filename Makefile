@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## LoRA against LoRA-FISH on a real model, nothing to download
-	$(BIN)/python examples/quickstart.py
+quickstart: $(STAMP) ## four arms on a real model and real text, nothing to download
+	$(BIN)/fish-tuning run configs/experiments/quickstart.yaml
 
 test: lint ## lint and the quick tests
 	$(PYTEST)

@@ -669,6 +669,17 @@ def test_forward_around_the_masked_model_raises(after_step):
     assert any(not torch.equal(t, tensor_of(model, n)) for n, t in before.items())
 
 
+def test_a_frozen_masked_model_passes_gradients_through():
+    """Guards against an error where nothing is to be trained, as in a frozen reward model."""
+    model, _, _ = masked_pair(lora_bert())
+    model.requires_grad_(False)
+    embeddings = torch.randn(2, 5, 12, requires_grad=True)
+    for module in (model, model.base_model.model):
+        module(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad.count_nonzero()
+    assert all(values.grad is None for values in masked_parameters(model))
+
+
 def test_data_parallel_replica_is_refused():
     """Guards against DataParallel, whose replicas' gradients reach nothing."""
     model, _ = masked_net()
@@ -751,12 +762,13 @@ def test_parameters_of_different_types_and_shapes():
     model = Mixed()
     mask = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
     mask["a_double"][1, 0] = mask["a_half"][2] = mask["turned"][2, 3] = 1
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
     apply_mask(model, mask)
     model().backward()
     torch.optim.SGD(trainable(model).values(), 0.25).step()
     for name, bits in mask.items():
         expected = (2.0 if name == "scalar" else 1.0) - 0.5 * bits
-        assert torch.equal(tensor_of(model, name), expected.to(tensor_of(model, name).dtype)), name
+        assert torch.equal(tensor_of(model, name), expected.to(dtypes[name])), name
 
 
 # Casts, loads, copies

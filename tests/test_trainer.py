@@ -34,7 +34,15 @@ from fish_tuning import (
     remove_mask,
 )
 
-from .models import examples_for, tiny_bert, tiny_llama, tiny_t5, with_lora
+from .models import (
+    examples_for,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_roberta,
+    tiny_t5,
+    with_lora,
+)
 
 HEAD = "modules_to_save"
 STEPS, KILLED_AT = 6, 3
@@ -180,6 +188,27 @@ def test_training_equals_a_dense_reference(tmp_path):
     for name in mask:
         expected = tensor_of(twin, name)
         torch.testing.assert_close(tensor_of(model, name), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_bert, tiny_roberta, tiny_llama, tiny_gpt2, tiny_t5], ids=lambda b: b.__name__
+)
+def test_weight_decay_is_trainers_own(build, tmp_path):
+    """Guards against norms and biases of other models, by whatever name, that decay."""
+    model = build()
+    mask, before = random_mask(model, 0.5), tensors_of(model, trainable(model))
+    plain = Trainer(model=build(), args=arguments(tmp_path))
+    decayed = set(plain.get_decay_parameter_names(plain.model))
+    assert decayed & set(mask) and set(mask) - decayed
+    trainer = trainer_for(model, tmp_path, mask)
+    optimizer = trainer.create_optimizer()
+    for p in trainable(model).values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, bits in mask.items():
+        moved = tensor_of(model, name) != before[name]
+        expected = bits & (before[name] != 0) & (name in decayed)
+        assert torch.equal(moved, expected), name
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])

@@ -189,8 +189,8 @@ def test_bound_where_examples_are_not_counted(tmp_path):
     [
         ("lora: {target_modules: [qury]}", r"lora\.target_modules: \['qury'\] does not fit"),
         (
-            "fish_tuning: {prune_to_ratio_of_baseline: 0.001}",
-            r"prune_to_ratio_of_baseline: 0\.001 of the baseline is \d+ parameters.*from 259 to",
+            "fish_tuning: {prune_to_ratio_of_baseline: 0.00001}",
+            r"prune_to_ratio_of_baseline: 1e-05 of the baseline is 0 parameters.*from 1 to",
         ),
         ("lora: {baseline_rank: 16, fish_rank: 4}", r"lora\.fish_rank 4 .* do not allow"),
         ("peers: [{method: IA3, config: {r: 2}}]", r"peers: IA3: IA3Config has no 'r'"),

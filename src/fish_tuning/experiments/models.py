@@ -1,0 +1,242 @@
+"""The tokenizer and the classification model that a config names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from fish_tuning.experiments.checks import check_model
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.minilm import minilm_path
+from fish_tuning.experiments.schema import MINILM, ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from fish_tuning.experiments.metrics import Task
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HEADS = ["classifier", "score", "classification_head"]
+
+
+def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> Any:
+    """Load the tokenizer; it has a pad token afterwards.
+
+    The pad token is the one that `config_overrides.pad_token_id` names, else the tokenizer's own,
+    else its end-of-sequence token, as decoders without a pad token are usually fine-tuned.
+
+    Args:
+        config: The model.
+        max_seq_length: The longest input that is going to be asked for.
+
+    Raises:
+        ConfigError: There is no such model, its tokenizer cannot be loaded or has no token to
+            pad with, or the model takes no inputs of that length.
+    """
+    source = _source(config)
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, source, config)
+    pad_id = config.config_overrides.get("pad_token_id")
+    if pad_id is not None:
+        token = tokenizer.convert_ids_to_tokens(pad_id) if pad_id < len(tokenizer) else None
+        if token is None:
+            raise ConfigError(
+                f"model.config_overrides.pad_token_id: {pad_id} is none of the tokenizer's "
+                f"{len(tokenizer)} tokens; name one of them"
+            )
+        tokenizer.pad_token = token
+    elif tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"model.name: the tokenizer of {config.name!r} has neither a pad token nor an end "
+                "of sequence; set model.config_overrides.pad_token_id"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if max_seq_length is not None:
+        longest = _longest_input(model_config(config), tokenizer)
+        if max_seq_length > longest:
+            raise ConfigError(
+                f"training.max_seq_length: {max_seq_length} is more than the {longest} tokens "
+                f"that {config.name!r} takes; lower it"
+            )
+    return tokenizer
+
+
+def model_config(
+    config: ModelConfig,
+    num_labels: int | None = None,
+    label_names: Sequence[str] = (),
+    task: Task = "classification",
+) -> PretrainedConfig:
+    """Load the model's own config.json, with what the experiment sets in it.
+
+    Args:
+        config: The model.
+        num_labels: The number of the head's outputs.
+        label_names: The classes in the order of their ids.
+        task: Chooses the loss.
+
+    Raises:
+        ConfigError: There is no such model, or `config_overrides` holds a key it does not have.
+    """
+    known: PretrainedConfig = _loaded(AutoConfig, _source(config), config)
+    for key, value in config.config_overrides.items():
+        if not hasattr(known, key):
+            near = difflib.get_close_matches(key, known.to_dict(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
+            raise ConfigError(
+                f"model.config_overrides: the config of {config.name!r} has no {key!r}{hint}"
+            )
+        try:
+            setattr(known, key, value)
+        # What transformers raises for a value of the wrong type differs between its versions.
+        except Exception as error:
+            raise ConfigError(
+                f"model.config_overrides.{key}: {value!r} is refused: {error}; correct it"
+            ) from None
+    if num_labels is not None:
+        names = label_names or [f"LABEL_{i}" for i in range(num_labels)]
+        known.num_labels = num_labels
+        known.id2label = dict(enumerate(names))
+        known.label2id = {name: i for i, name in enumerate(names)}
+        known.problem_type = "regression" if task == "regression" else "single_label_classification"
+    return known
+
+
+def meta_model(config: ModelConfig, num_labels: int) -> PreTrainedModel:
+    """Build the model's architecture from its config.json alone: shapes without weights.
+
+    Raises:
+        ConfigError: There is no such model, or none of its kind classifies sequences.
+    """
+    own = model_config(config, num_labels)
+    family: Any = AutoModelForSequenceClassification
+    with torch.device("meta"):
+        return _built(config, own, lambda: family.from_config(own, dtype=torch.float32))
+
+
+def load_model(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    num_labels: int,
+    label_names: Sequence[str] = (),
+    task: Task = "classification",
+) -> PreTrainedModel:
+    """Load the model with a new head; whoever wants a certain head seeds torch before.
+
+    Args:
+        config: The model.
+        tokenizer: Its tokenizer, whose pad token becomes the model's.
+        num_labels: The number of the head's outputs.
+        label_names: The classes in the order of their ids.
+        task: Chooses the loss.
+
+    Raises:
+        ConfigError: There is no such model, it has no weights or is of no kind that classifies
+            sequences, or quantisation is not possible here.
+    """
+    own = model_config(config, num_labels, label_names, task)
+    own.pad_token_id = tokenizer.pad_token_id
+    options: dict[str, Any] = {"dtype": _DTYPES[config.precision]}
+    options |= quantization_options(config)
+    source = _source(config, weights=True)
+    return _built(
+        config,
+        own,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            source, config=own, trust_remote_code=config.trust_remote_code, **options
+        ),
+    )
+
+
+def _source(config: ModelConfig, *, weights: bool = False) -> str:
+    """The folder or hub id, checked to exist."""
+    if config.name == MINILM:
+        try:
+            return str(minilm_path())
+        except (ModuleNotFoundError, ValueError) as error:
+            raise ConfigError(f"model.name: {error}") from None
+    check_model(config.name, weights=weights)
+    return config.name
+
+
+def _loaded(kind: Any, source: str, config: ModelConfig) -> Any:
+    try:
+        return kind.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    # The hub's clients, tokenizers and remote code share no base class for what they raise.
+    except Exception as error:
+        what = "tokenizer" if kind is AutoTokenizer else "config.json"
+        raise ConfigError(
+            f"model.name: the {what} of {config.name!r} cannot be loaded: {_reason(error)}; check "
+            "the name, the network and the files"
+        ) from error
+
+
+def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any]) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = build()
+    except torch.OutOfMemoryError:
+        raise
+    # As in `_loaded`; a kind without a classification head is a plain ValueError.
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ConfigError(
+                f"model.name: {config.name!r} is of type {own.model_type!r}, for which "
+                "transformers has no sequence classification; name another model"
+            ) from None
+        raise ConfigError(
+            f"model.name: {config.name!r} cannot be built: {_reason(error)}; check its files and "
+            "model.config_overrides"
+        ) from error
+    return model
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _longest_input(own: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that the model has positions for, as far as it says so."""
+    positions = getattr(own, "max_position_embeddings", None) or tokenizer.model_max_length
+    # RoBERTa counts positions from the padding index on; its tokenizer knows the difference.
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def quantization_options(config: ModelConfig) -> dict[str, Any]:
+    """What from_pretrained needs to quantise the frozen weights; nothing where they are not.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if config.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization: {config.quantization!r} needs bitsandbytes, which is not "
+            "installed; run: pip install bitsandbytes, or set it to null"
+        )
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if config.quantization == "4bit":
+        bits = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": _DTYPES[config.precision],
+        }
+    settings: Any = BitsAndBytesConfig
+    # The head is trained, so it is no number of four bits.
+    return {
+        "quantization_config": settings(llm_int8_skip_modules=_HEADS, **bits),
+        "device_map": "auto",
+    }

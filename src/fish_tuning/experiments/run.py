@@ -1,0 +1,212 @@
+"""A sweep: every run of an experiment, each recorded once, resumable at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from fish_tuning.experiments import environment, training
+from fish_tuning.experiments.arms import Arm, arm_counts, planned
+from fish_tuning.experiments.checks import check_model, check_training_args
+from fish_tuning.experiments.config import check_output_dir
+from fish_tuning.experiments.data import load_data, tokenize
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.metrics import KNOWN_METRICS
+from fish_tuning.experiments.models import load_tokenizer, quantization_options
+from fish_tuning.experiments.results import (
+    RESULTS_FILE,
+    RUN_FILE,
+    RUNS_FOLDER,
+    Results,
+    Run,
+    read_run,
+    write_json,
+)
+from fish_tuning.experiments.schema import ExperimentConfig
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+
+
+def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
+    """Carry out all runs of an experiment that are not finished yet.
+
+    Each run's record is written once, when it ends; `results.json` holds those of the plan, in
+    its order, and is written anew after each. Called again after an interruption, of whatever
+    kind, it skips the finished runs, goes on with the interrupted one from its last whole
+    checkpoint, and tries failed ones again.
+
+    Args:
+        config: The experiment.
+        name: Its name in the results.
+
+    Returns:
+        The records of all runs.
+
+    Raises:
+        ConfigError: Something in the config, the model or the data is wrong, or another process
+            runs in the same folder. Before anything is trained, and nothing has been written.
+        KeyboardInterrupt: The sweep was interrupted; calling again goes on with it.
+    """
+    with _quiet():
+        task = _prepared(config)
+        folder = Path(config.training.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder), _progress() as progress:
+            for arm in planned(config):
+                _run_unless_finished(arm, task, folder, progress)
+                results = _write_results(config, name, folder)
+    return results
+
+
+def _prepared(config: ExperimentConfig) -> training.Task:
+    """Everything that can be wrong with a config is found here, before weights are loaded."""
+    folder = Path(config.training.output_dir)
+    check_output_dir(folder)
+    check_training_args(config)
+    check_model(config.model.name, weights=True)
+    quantization_options(config.model)
+    training.training_arguments(config, folder, config.seeds[0], tuple(KNOWN_METRICS))
+    tokenizer = load_tokenizer(config.model, config.training.max_seq_length)
+    known = config.dataset.known_num_labels
+    counts = None if known is None else arm_counts(config, known)
+    data = load_data(config.dataset)
+    training.training_arguments(config, folder, config.seeds[0], data.metrics)
+    if counts is None or data.num_labels != known:
+        counts = arm_counts(config, data.num_labels)
+    train, validation = tokenize(data, tokenizer, config.training.max_seq_length)
+    return training.Task(
+        config=config,
+        data=data,
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        counts=counts,
+        commit=environment.commit(),
+    )
+
+
+def _run_unless_finished(
+    arm: Arm, task: training.Task, output_dir: Path, progress: Progress
+) -> None:
+    folder = output_dir / RUNS_FOLDER / arm.run_id
+    if _finished(folder):
+        training.discard_temporary(folder)
+        return
+    title = f"{arm.name}{'' if arm.ratio is None else f' {arm.ratio:g}'}, seed {arm.seed}"
+    line = progress.add_task(title, total=None, note="preparing")
+
+    def report(step: int, total: int, loss: float | None) -> None:
+        note = "" if loss is None else f"loss {loss:.4f}"
+        progress.update(line, completed=step, total=total, note=note)
+
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        run = training.run_arm(arm, task, folder, report)
+    # A run may fail in whatever way; the others go on.
+    except Exception as error:
+        logger.error("%s failed: %s: %s", title, type(error).__name__, error)
+        logger.debug("%s failed", title, exc_info=True)
+        run = training.failed_run(arm, task, error, started)
+    write_json(folder / RUN_FILE, run)
+    training.discard_temporary(folder)
+    training.free_memory()
+    _close(progress, line, title, run)
+
+
+def _close(progress: Progress, line: TaskID, title: str, run: Run) -> None:
+    note = "failed"
+    if run.status == "finished" and run.main_metric is not None:
+        note = f"{run.main_metric} {run.metrics.get(run.main_metric, float('nan')):.4f}"
+    progress.update(line, note=note)
+    progress.stop_task(line)
+    if progress.disable:
+        progress.console.print(f"{title}: {note}", highlight=False)
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return read_run(folder / RUN_FILE).status == "finished"
+    except ConfigError:
+        return False
+
+
+def _write_results(config: ExperimentConfig, name: str, folder: Path) -> Results:
+    runs = []
+    for arm in planned(config):
+        with contextlib.suppress(ConfigError):
+            runs.append(read_run(folder / RUNS_FOLDER / arm.run_id / RUN_FILE))
+    results = Results(name=name, config=config.model_dump(mode="json"), runs=runs)
+    write_json(folder / RESULTS_FILE, results)
+    return results
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second sweep out of a folder; the lock goes with the process, however it ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"training.output_dir: another process is running an experiment in {str(folder)!r};"
+                " wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the libraries' notices and progress bars; ours and errors stay."""
+    # Their functions have no annotations.
+    loggings: list[Any] = [transformers.logging, datasets.logging]
+    verbosities = [library.get_verbosity() for library in loggings]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|datasets)\b")
+        try:
+            for library in loggings:
+                library.set_verbosity_error()
+                library.disable_progress_bar()
+            yield
+        finally:
+            for library, verbosity in zip(loggings, verbosities, strict=True):
+                library.set_verbosity(verbosity)
+                library.enable_progress_bar()
+
+
+def _progress() -> Progress:
+    """One line a run; where nothing can be redrawn, a line when a run ends."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    )

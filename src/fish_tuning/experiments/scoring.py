@@ -1,0 +1,193 @@
+"""Choosing a masked arm's entries: calibration set, scoring point, scores, mask."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
+from fish_tuning.experiments.measurements import snapshot
+from fish_tuning.experiments.results import ScoreHistogram, write_json
+from fish_tuning.experiments.schema import ExperimentConfig
+from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
+from fish_tuning.mask import FishMask
+from fish_tuning.selection import (
+    LORA_SIDE,
+    create_mask_from_fisher,
+    random_scores,
+    reversed_scores,
+)
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "selection.json"
+_BINS = 60
+
+
+class _Record(BaseModel):
+    score_seconds: float
+    score_histograms: list[ScoreHistogram]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A mask, and what choosing it took.
+
+    Attributes:
+        mask: What is trained.
+        seconds: Time of scoring and selecting, warm-up included.
+        histograms: The Fisher scores by kind of tensor; none where none were computed.
+    """
+
+    mask: FishMask
+    seconds: float
+    histograms: list[ScoreHistogram]
+
+    def save(self, folder: Path) -> None:
+        """Write it where an interrupted run finds it again."""
+        self.mask.save_pretrained(folder)
+        # Last: it vouches for the mask.
+        record = _Record(score_seconds=self.seconds, score_histograms=self.histograms)
+        write_json(folder / _RECORD, record)
+
+    @classmethod
+    def load(cls, folder: Path) -> Selection | None:
+        """Read what `save` wrote to its end; None if there is no such thing."""
+        try:
+            record = _Record.model_validate_json((folder / _RECORD).read_bytes())
+            mask = FishMask.from_pretrained(folder)
+        except (OSError, ValueError):
+            return None
+        return cls(mask, record.score_seconds, record.score_histograms)
+
+
+def select(
+    model: nn.Module,
+    arm: Arm,
+    config: ExperimentConfig,
+    budget: int,
+    train: Any,
+    collate: Callable[[Any], Any],
+    warmup: Callable[[int], Trainer],
+) -> Selection:
+    """Score a model's trainable parameters and choose as many as the budget allows.
+
+    Args:
+        model: The model with its adapter, at its start; given back as it was.
+        arm: A masked arm.
+        config: The experiment.
+        budget: Parameters to train in all, head included.
+        train: Tokenised training examples.
+        collate: Makes a batch of some of them.
+        warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
+    """
+    fish = config.fish_tuning
+    seed = arm.seed if fish.seed is None else fish.seed
+    began = time.perf_counter()
+    if arm.criterion == "random":
+        scores, histograms = random_scores(trainable_tensors(model), seed), []
+    else:
+        rows = np.random.default_rng(seed).permutation(len(train))[: fish.num_samples]
+        loader: DataLoader[Any] = DataLoader(
+            train.select(rows),
+            batch_size=config.training_args.get("per_device_train_batch_size", 8),
+            collate_fn=collate,
+        )
+        scores = _fisher(model, config, loader, seed, warmup)
+        histograms = score_histograms(scores)
+        if arm.criterion == "reversed":
+            scores = reversed_scores(scores)
+    mask = create_mask_from_fisher(
+        scores,
+        num_trainable=budget,
+        names_to_exclude=names_left_dense(
+            config, {name: tensor.numel() for name, tensor in scores.items()}, budget
+        ),
+        scope=fish.scope,
+        provenance={
+            "criterion": arm.criterion,
+            "scoring_point": fish.scoring_point,
+            "warmup_steps": fish.warmup_steps if fish.scoring_point == "warmup" else None,
+            "estimator": fish.estimator,
+            "num_samples": fish.num_samples,
+            "seed": seed,
+        },
+    )
+    return Selection(mask, time.perf_counter() - began, histograms)
+
+
+def _fisher(
+    model: nn.Module,
+    config: ExperimentConfig,
+    loader: DataLoader[Any],
+    seed: int,
+    warmup: Callable[[int], Trainer],
+) -> dict[str, Tensor]:
+    fish = config.fish_tuning
+    options: dict[str, Any] = {"estimator": fish.estimator, "seed": seed, "progress": False}
+    if fish.scoring_point == "perturbed":
+        return score_with_perturbed_b(model, loader, **options)
+    if fish.scoring_point == "start":
+        return calculate_fisher_information(model, loader, **options)
+    start = snapshot(model, trainable_tensors(model))
+    training = model.training
+    try:
+        trainer = warmup(fish.warmup_steps)
+        trainer.add_callback(_StopAfter(fish.warmup_steps))
+        trainer.train()
+        # Mixed precision wraps the forward pass, and would a second time in the training itself.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        return calculate_fisher_information(model, loader, **options)
+    finally:
+        with torch.no_grad():
+            for name, parameter in trainable_tensors(model).items():
+                parameter.copy_(start[name])
+                parameter.grad = None
+        model.train(training)
+
+
+class _StopAfter(TrainerCallback):
+    """Ends a training early, so that its learning rates are those of the first steps of all."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.steps
+
+
+def score_histograms(scores: Mapping[str, Tensor]) -> list[ScoreHistogram]:
+    """Distribution of the scores of LoRA's A, of its B and of all else, over powers of ten."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, tensor in scores.items():
+        match = LORA_SIDE.search(name)
+        flat = tensor.detach().reshape(-1).to("cpu", torch.float64)
+        kinds.setdefault(f"lora_{match[1]}" if match else "other", []).append(flat)
+    histograms = []
+    for kind, parts in sorted(kinds.items()):
+        flat = torch.cat(parts)
+        logs = flat[flat > 0].log10()
+        low, high = (float(logs.min()), float(logs.max())) if len(logs) else (0.0, 1.0)
+        if high - low < 1e-6:
+            low, high = low - 0.5, high + 0.5
+        counts, edges = torch.histogram(logs, _BINS, range=(low, high))
+        histograms.append(
+            ScoreHistogram(
+                kind=kind,
+                zeros=int((flat == 0).sum()),
+                log10_edges=edges.tolist(),
+                counts=counts.long().tolist(),
+            )
+        )
+    return histograms

@@ -1,0 +1,136 @@
+"""Models and tokenizers as a config names them."""
+
+import time
+
+import pytest
+import torch
+from transformers import BertConfig, ViTConfig
+
+from fish_tuning.experiments import models
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models import (
+    load_model,
+    load_tokenizer,
+    meta_model,
+    quantization_options,
+)
+from fish_tuning.experiments.schema import ModelConfig
+from tests.experiments.tiny_experiment import write_bert, write_llama
+
+
+def test_an_encoder(tmp_path):
+    """Guards the head's size, its labels and its loss."""
+    config = ModelConfig(name=str(write_bert(tmp_path)))
+    tokenizer = load_tokenizer(config, 40)
+    model = load_model(config, tokenizer, 3, ("no", "maybe", "yes"))
+    assert model.classifier.out_features == 3
+    assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert model.config.problem_type == "single_label_classification"
+    assert load_model(config, tokenizer, 1, task="regression").config.problem_type == "regression"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_decoder_without_a_pad_token(tmp_path):
+    """Guards batches of more than one: the end of sequence pads, and the model knows it."""
+    config = ModelConfig(name=str(write_llama(tmp_path)), precision="bf16")
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.pad_token == tokenizer.eos_token == "[SEP]"
+    model = load_model(config, tokenizer, 2)
+    assert model.config.pad_token_id == 3
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_an_overridden_pad_token_is_the_tokenizers_too(tmp_path):
+    """Guards a pad token that the model knows and the batches do not have."""
+    config = ModelConfig(name=str(write_llama(tmp_path)), config_overrides={"pad_token_id": 0})
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.pad_token == "[PAD]"
+    assert load_model(config, tokenizer, 2).config.pad_token_id == 0
+
+
+def test_nothing_to_pad_with(tmp_path):
+    """Guards tokenizers with neither a pad token nor an end of sequence."""
+    config = ModelConfig(name=str(write_llama(tmp_path, bos_token="[CLS]")))
+    with pytest.raises(ConfigError, match=r"set model\.config_overrides\.pad_token_id"):
+        load_tokenizer(config)
+    wrong = config.model_copy(update={"config_overrides": {"pad_token_id": 4711}})
+    with pytest.raises(ConfigError, match="4711 is none of the tokenizer's 44 tokens"):
+        load_tokenizer(wrong)
+
+
+def test_config_overrides(tmp_path):
+    """Guards overrides: they reach the model, and a mistyped one is refused."""
+    name = str(write_bert(tmp_path))
+    config = ModelConfig(name=name, config_overrides={"hidden_dropout_prob": 0.25})
+    model = load_model(config, load_tokenizer(config), 2)
+    assert model.bert.embeddings.dropout.p == 0.25
+    wrong = ModelConfig(name=name, config_overrides={"hidden_dropout_prb": 0.25})
+    with pytest.raises(ConfigError, match="did you mean 'hidden_dropout_prob'"):
+        meta_model(wrong, 2)
+
+
+def test_too_long_an_input(tmp_path):
+    """Guards against an index error on the first long example."""
+    config = ModelConfig(name=str(write_bert(tmp_path)))
+    with pytest.raises(ConfigError, match=r"max_seq_length: 41 is more than the 40 tokens"):
+        load_tokenizer(config, 41)
+
+
+def test_meta_model_takes_no_memory(tmp_path):
+    """Guards `plan`: a config.json is enough, for a model larger than the machine too."""
+    BertConfig(num_hidden_layers=500, hidden_size=4096, num_attention_heads=8).save_pretrained(
+        tmp_path
+    )
+    model = meta_model(ModelConfig(name=str(tmp_path)), 5)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.classifier.out_features == 5
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    """Guards the message and the seconds: a folder without weights, no folder at all, offline."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    began = time.monotonic()
+    for name, message in [
+        (str(tmp_path / "nope"), r"model\.name: there is no folder"),
+        ("someone/no-such-model", r"model\.name: there is no folder 'someone/no-such-model'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_tokenizer(ModelConfig(name=name))
+    assert time.monotonic() - began < 4
+    BertConfig().save_pretrained(tmp_path)
+    config = ModelConfig(name=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"model\.name: .* holds no weights"):
+        load_model(config, load_tokenizer(ModelConfig(name=str(write_bert(tmp_path / "b")))), 2)
+
+
+def test_damaged_files(tmp_path):
+    """Guards the messages for weights and tokenizers that cannot be read."""
+    config = ModelConfig(name=str(write_bert(tmp_path)))
+    tokenizer = load_tokenizer(config)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ConfigError, match=r"cannot be built: .*; check its files"):
+        load_model(config, tokenizer, 2)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"the tokenizer of .* cannot be loaded"):
+        load_tokenizer(config)
+
+
+def test_a_model_of_another_kind(tmp_path):
+    """Guards the message for a model that classifies no text."""
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="of type 'vit', for which transformers has no sequence"):
+        meta_model(ModelConfig(name=str(tmp_path)), 2)
+
+
+def test_quantisation(monkeypatch):
+    """Guards the settings, and the remedy where bitsandbytes is missing."""
+    config = ModelConfig(name="minilm", quantization="4bit", precision="bf16")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes.*pip install bitsandbytes"):
+        quantization_options(config)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
+    settings = quantization_options(config)["quantization_config"]
+    assert settings.load_in_4bit and settings.bnb_4bit_compute_dtype == torch.bfloat16
+    assert "classifier" in settings.llm_int8_skip_modules
+    assert quantization_options(ModelConfig(name="minilm")) == {}
