@@ -327,6 +327,31 @@ def test_gradient_of_the_models_loss_is_what_counts(x, weight):
     assert_weights(scored(model, batches(x, y)), (g / 2).square(), x)
 
 
+def test_closest_value_decides_without_a_gradient(x):
+    """Guards against the first loss within the tolerance, where the model computes its loss of
+    other tensors than the logits it returns: at 0 both of these are near log 2."""
+
+    class Apart(WithLoss):
+        def forward(self, x, labels=None):
+            outputs = super().forward(x, labels)
+            outputs.logits = outputs.logits.clone()
+            return outputs
+
+    model = Apart(2, F.mse_loss)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    y = torch.full((N, 2), 0.83256).double()
+    assert_weights(scored(model, batches(x, y)), y.square(), x)
+
+
+def test_own_loss_that_is_not_finite_is_refused(x):
+    """Guards against a likelihood that "agrees" with NaN."""
+    model = WithLoss(3, lambda logits, y: F.cross_entropy(logits, y) * torch.nan)
+    with pytest.raises(ValueError, match="the loss of calibration example 0 is nan"):
+        scored(model, batches(x, torch.arange(N) % 3))
+
+
 class Penalised(BertForSequenceClassification):
     """A loss with a term that is no likelihood."""
 
