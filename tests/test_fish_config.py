@@ -118,6 +118,16 @@ def test_same_config_gives_the_same_mask(criterion, estimator):
     assert masks[0] != masks[2]
 
 
+def test_the_estimator_is_used():
+    """Guards against a true Fisher that is in fact the empirical one."""
+    masks = []
+    for estimator in ("empirical", "true"):
+        model, loader = model_and_loader()
+        config = FishConfig(num_trainable=200, estimator=estimator)
+        masks.append(get_mask(get_fish_model(model, config, loader, progress=False)))
+    assert masks[0] != masks[1]
+
+
 @pytest.mark.parametrize("scope", ["balanced", "global", "per_tensor"])
 def test_reversed_picks_the_opposite(scope):
     """Guards against a reversed arm that overlaps with Fisher's choice."""

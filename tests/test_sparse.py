@@ -768,6 +768,7 @@ def test_parameters_of_different_types_and_shapes():
     torch.optim.SGD(trainable(model).values(), 0.25).step()
     for name, bits in mask.items():
         expected = (2.0 if name == "scalar" else 1.0) - 0.5 * bits
+        assert tensor_of(model, name).dtype == dtypes[name], name
         assert torch.equal(tensor_of(model, name), expected.to(dtypes[name])), name
 
 

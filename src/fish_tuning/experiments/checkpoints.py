@@ -19,7 +19,7 @@ _ADAPTER = "adapter_model.safetensors"
 
 
 def newest_complete(folder: Path, *, masked: bool) -> Path | None:
-    """Find the newest checkpoint that was written to its end; remove those that were not.
+    """Find the newest checkpoint that training can go on from; remove those that it cannot.
 
     A process may be killed at any moment, also while it writes a checkpoint or deletes one.
 
@@ -39,7 +39,7 @@ def newest_complete(folder: Path, *, masked: bool) -> Path | None:
         problem = _problem(path, masked)
         if problem is None:
             return path
-        logger.info("%s was cut short (%s); it is left out", path, problem)
+        logger.info("%s is left out: %s", path, problem)
         shutil.rmtree(path, ignore_errors=True)
     return None
 
@@ -47,6 +47,9 @@ def newest_complete(folder: Path, *, masked: bool) -> Path | None:
 def _problem(path: Path, masked: bool) -> str | None:
     try:
         state = json.loads((path / "trainer_state.json").read_bytes())
+        if state["global_step"] >= state["max_steps"]:
+            # Resumed at the end of training, in the middle of an epoch, Trainer takes a step more.
+            return "it is the end of training"
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             with zipfile.ZipFile(path / name) as file:
                 if (damaged := file.testzip()) is not None:
