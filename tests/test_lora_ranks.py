@@ -1,0 +1,215 @@
+"""Ranks whose B is zero and untrained: left out of the computation, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from fish_tuning import apply_mask, remove_mask
+
+from .models import examples_for, pad, tiny_bert, with_lora
+
+LIVE = {"query": 0, "key": 2, "value": 4}
+"""Ranks of 4 with trained entries of B, by module."""
+
+
+def lora_bert(**config):
+    """LoRA at its usual start, B = 0, without dropout."""
+    settings = {"target_modules": [*LIVE], "lora_dropout": 0.0, **config}
+    return with_lora(tiny_bert(), **settings).eval()
+
+
+def mask_for(model, live=LIVE):
+    """Random bits; in B only the last ranks of each module, as many as `live` says."""
+    generator = torch.Generator().manual_seed(0)
+    mask = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            mask[name] = torch.rand(p.shape, generator=generator) < 0.5
+            module = next((m for m in live if f".{m}." in name), None)
+            if module and name.endswith("lora_B.default.weight"):
+                mask[name][:, : mask[name].shape[1] - live[module]] = False
+            if module and not live[module]:
+                mask[name][:] = False
+            if "modules_to_save" in name:
+                mask[name][:] = True
+    return mask
+
+
+def widths(model, batch):
+    """How many ranks each module's A computes in a forward pass; None where it is not called."""
+    seen = dict.fromkeys(LIVE)
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            target = name.split(".")[-3]
+
+            def look(module, args, output, target=target):
+                seen[target] = output.shape[-1]
+
+            handles.append(module.register_forward_hook(look))
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def steps(model, mask=None, count=4):
+    """Losses of AdamW steps; with a mask, of dense training that masks gradients."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), 0.02, weight_decay=0)
+    losses = []
+    for i in range(count):
+        optimizer.zero_grad()
+        loss = model(**pad(examples_for(model, 4, i))).loss
+        loss.backward()
+        for name, p in parameters.items():
+            if mask and p.grad is not None:
+                p.grad *= mask[name]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_training_equals_dense_lora_with_masked_gradients(checkpointing):
+    """Guards a rank that was left out and did contribute, also where layers run twice."""
+    model = lora_bert()
+    twin, mask = copy.deepcopy(model), mask_for(model)
+    apply_mask(model, mask)
+    assert widths(model, pad(examples_for(model, 2))) == {"query": None, "key": 2, "value": 4}
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.train()
+        for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
+            dropout.p = 0.0
+    assert steps(model) == pytest.approx(steps(twin, mask), abs=1e-6)
+    state, expected = model.state_dict(), twin.state_dict()
+    for name in mask:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert state[name].shape == expected[name].shape
+
+
+def test_weights_have_all_ranks_outside_of_the_layers_forward():
+    """Guards files, merging and a failed forward pass against narrow matrices."""
+    model = lora_bert()
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self
+    apply_mask(model, mask_for(model))
+    with pytest.raises(RuntimeError):
+        layer.key(torch.zeros(1, 1, 5))
+    assert layer.key.lora_A["default"].weight.shape == (4, 12)
+    with pytest.raises(RuntimeError):
+        layer.query(torch.zeros(1, 1, 5))
+    assert layer.query.active_adapters == ["default"]
+    steps(model, count=1)
+    batch = pad(examples_for(model, 2))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        merged = remove_mask(model).merge_and_unload()(**batch).logits
+    torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_b_is_used(assign):
+    """Guards ranks that are left out although a loaded state gave them weights."""
+    model = lora_bert()
+    mask = mask_for(model)
+    loaded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in loaded.named_parameters():
+            if ".lora_B." in name:
+                p.normal_()
+    apply_mask(model, mask)
+    model.load_state_dict(loaded.state_dict(), assign=assign)
+    batch = pad(examples_for(model, 2))
+    assert widths(model, batch) == dict.fromkeys(LIVE, 4)
+    torch.testing.assert_close(model(**batch).logits, loaded(**batch).logits)
+
+
+def test_zero_ranks_of_a_trained_b_are_used():
+    """Guards the start of training, when all of B is zero and its entries have to learn."""
+    model = lora_bert()
+    apply_mask(model, mask_for(model, dict.fromkeys(LIVE, 4)))
+    assert widths(model, pad(examples_for(model, 2))) == dict.fromkeys(LIVE, 4)
+
+
+def test_variants_keep_all_ranks():
+    """Guards DoRA, whose magnitude acts through a B that is zero."""
+    model = lora_bert(use_dora=True)
+    mask = mask_for(model)
+    for name in mask:
+        if "magnitude" in name:
+            mask[name][:] = True
+    twin = copy.deepcopy(model)
+    apply_mask(model, mask)
+    assert steps(model) == pytest.approx(steps(twin, mask), abs=1e-6)
+
+
+def test_bias_of_a_layer_without_ranks_is_used():
+    """Guards the bias of B, which contributes where no rank does."""
+    model = lora_bert(lora_bias=True)
+    mask = mask_for(model)
+    for name in mask:
+        if name.endswith("lora_B.default.bias"):
+            mask[name][:] = True
+    twin = copy.deepcopy(model)
+    apply_mask(model, mask)
+    assert widths(model, pad(examples_for(model, 2)))["query"] == 0
+    assert steps(model) == pytest.approx(steps(twin, mask), abs=1e-6)
+
+
+def test_only_the_masked_adapter_is_narrowed():
+    """Guards a second adapter in the same layers."""
+    model = lora_bert()
+    mask = mask_for(model)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=[*LIVE], init_lora_weights=False))
+    apply_mask(model, mask)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    batch = pad(examples_for(model, 2))
+    outputs = {}
+    for active in (["default"], ["other"], ["default", "other"]):
+        for layer in layers:
+            layer.set_adapter(active)
+        outputs[len(active), active[0]] = model(**batch).logits
+    # B of the masked adapter is still 0.
+    torch.testing.assert_close(outputs[2, "default"], outputs[1, "other"])
+    assert not torch.allclose(outputs[2, "default"], outputs[1, "default"])
+
+
+@pytest.mark.parametrize("way", ["copy", "removed"])
+def test_copies_and_removal(way):
+    """Guards hooks that refer to the model they were copied from, or outlive the mask."""
+    model = lora_bert()
+    apply_mask(model, mask_for(model))
+    batch = pad(examples_for(model, 2))
+    if way == "copy":
+        twin = copy.deepcopy(model)
+        steps(twin)
+        assert widths(twin, batch) == {"query": None, "key": 2, "value": 4}
+        assert not torch.allclose(model(**batch).logits, twin(**batch).logits)
+    else:
+        assert widths(remove_mask(model), batch) == dict.fromkeys(LIVE, 4)
+
+
+def test_compiled_model_has_no_graph_more():
+    """Guards against graph breaks and recompilations by the layers' hooks."""
+    counters = torch._dynamo.utils.counters
+    graphs = []
+    for masked in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = lora_bert()
+        if masked:
+            apply_mask(model, mask_for(model))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
+        for i in range(3):
+            compiled(**pad(examples_for(model, 4, i, shortest=5, longest=5))).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] == graphs[1]
