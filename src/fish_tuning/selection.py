@@ -26,9 +26,10 @@ Scope = Literal["global", "per_tensor", "balanced"]
   other tensors. Without LoRA that is the same as `"global"`.
 """
 
-# Entries ranked at a time: the temporaries of so many take some 100 MB, and far fewer would spend
-# the time on waiting for threads or on launching kernels.
-CHUNK = 2**22
+# Entries ranked at a time. The temporaries of a processor's chunk fit in its caches; an accelerator
+# would spend its time on launching kernels for so few, and its temporaries take some 100 MB.
+CPU_CHUNK = 2**18
+ACCELERATOR_CHUNK = 2**22
 
 # Bits settled per pass. 16 would halve the passes, but adapter tensors are often smaller than a
 # histogram of 2**16 counts.
@@ -298,7 +299,7 @@ def _select(
     masks = {}
     for name, tensor in scores.items():
         flat = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        for out, keys in zip(torch.split(flat, CHUNK), _ordered_keys(tensor, dtype), strict=True):
+        for out, keys in zip(_chunks(flat), _ordered_keys(tensor, dtype), strict=True):
             if taken == tied:
                 torch.ge(keys, threshold, out=out)
                 continue
@@ -339,6 +340,10 @@ def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple
     return key, count, left
 
 
+def _chunks(flat: Tensor) -> Sequence[Tensor]:
+    return torch.split(flat, CPU_CHUNK if flat.device.type == "cpu" else ACCELERATOR_CHUNK)
+
+
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -350,7 +355,7 @@ def _ordered_keys(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """
     integer = _INTEGER[dtype]
     lowest = torch.iinfo(integer).min
-    for chunk in torch.split(tensor.reshape(-1), CHUNK):
+    for chunk in _chunks(tensor.reshape(-1)):
         bits = chunk.to(dtype).view(integer)
         yield torch.where(bits < 0, lowest - bits, bits)
 
