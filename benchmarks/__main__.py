@@ -1,0 +1,101 @@
+"""`python -m benchmarks`: runs the cases and writes their table."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.base_weights import base_weights
+from benchmarks.compiling import compiling
+from benchmarks.scoring import growth_of_scoring, memory_of_scoring, time_of_scoring
+from benchmarks.selecting import application, top_k
+from benchmarks.setting import Setting
+from benchmarks.table import Results
+from benchmarks.training import growth_of_a_step, time_of_a_step
+from benchmarks.training_memory import memory_of_training, optimizer_state
+from fish_tuning.experiments.environment import commit, hardware, versions
+
+CASES = {
+    case.__name__: case
+    for case in (
+        time_of_scoring,
+        memory_of_scoring,
+        growth_of_scoring,
+        time_of_a_step,
+        growth_of_a_step,
+        memory_of_training,
+        optimizer_state,
+        base_weights,
+        top_k,
+        application,
+        compiling,
+    )
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu, or an accelerator such as cuda.")] = "cpu",
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}.")] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Sizes that only show that it runs.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file; by default results/DEVICE.json.")
+    ] = None,
+) -> None:
+    """Measure speed and memory, and write a JSON file and a Markdown table."""
+    if unknown := set(only or []) - CASES.keys():
+        raise typer.BadParameter(f"{unknown.pop()!r}: choose of {', '.join(CASES)}")
+    if device != "cpu" and not torch.accelerator.is_available():
+        raise typer.BadParameter(f"{device!r}: this machine has no accelerator")
+    if (tiny or only) and output is None:
+        raise typer.BadParameter("a part or a tiny run is no result: give it an --output")
+    # What libraries say of random weights and short training belongs to no table.
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    console = Console()
+    setting = Setting(device, tiny)
+    results = Results(environment(device))
+    for name in only or CASES:
+        start = time.perf_counter()
+        for row in CASES[name](setting):
+            results.rows.append(row)
+            console.print(" | ".join(row.cells()), markup=False, highlight=False, soft_wrap=True)
+        gc.collect()
+        console.print(f"{name}: {time.perf_counter() - start:.0f} s", style="dim", highlight=False)
+    path = output or RESULTS / f"{device.partition(':')[0]}.json"
+    if path.is_file():
+        apart = results.agreement(Results.load(path))
+        console.print(
+            f"{len(results.rows) - len(apart)} of {len(results.rows)} figures lie in the spread "
+            "of the run before"
+        )
+        for line in apart:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    results.save(path)
+    console.print(f"table: {path.with_suffix('.md')}", markup=False, soft_wrap=True)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions and commit."""
+    found = hardware()
+    return {
+        "device": found.get("accelerator") if device != "cpu" else found["processor"],
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": found,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

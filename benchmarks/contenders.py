@@ -1,0 +1,141 @@
+"""Ways to train a few parameters of a model, each a training step to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftConfig,
+    ShiraConfig,
+    SupertuningConfig,
+    get_peft_model,
+)
+from torch import Tensor, nn
+
+from benchmarks.gradient_hooks import mask_gradients
+from benchmarks.shapes import Batch, Shape, sentences
+from fish_tuning import FishConfig, apply_mask, get_fish_model
+
+HEAD = "modules_to_save"
+_BASE_WEIGHT = "base_layer.weight"
+
+
+@dataclass
+class Contender:
+    """A model and the optimizer of what it trains."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Contender:
+        """The model with AdamW over its trainable parameters."""
+        return cls(model, torch.optim.AdamW(trainable(model).values(), 1e-4))
+
+    @property
+    def num_trainable(self) -> int:
+        """Numbers that the optimizer holds."""
+        groups = self.optimizer.param_groups
+        return sum(p.numel() for group in groups for p in group["params"])
+
+    def step(self, batch: Batch) -> None:
+        """One step of training."""
+        self.optimizer.zero_grad()
+        self.model(**batch).loss.backward()
+        self.optimizer.step()
+
+
+Way = Callable[[str], nn.Module]
+"""Builds the model of a contender on a device."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a model, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lora(shape: Shape, rank: int, device: str, **config: Any) -> Any:
+    """LoRA on the modules of a shape."""
+    targets = [*shape.targets]
+    config = {"task_type": "SEQ_CLS", "r": rank, "target_modules": targets, **config}
+    return get_peft_model(shape.build(device), LoraConfig(**config))
+
+
+def fish(shape: Shape, rank: int, device: str, **config: Any) -> nn.Module:
+    """LoRA of which Fisher information selects as many entries as LoRA of half the rank has."""
+    model = lora(shape, rank, device)
+    settings = FishConfig(
+        num_trainable=half_of(model), num_samples=32, names_to_exclude=(HEAD,), **config
+    )
+    return get_fish_model(model, settings, sentences(32, 32, device), progress=False)
+
+
+def fish_upper_layers(shape: Shape, rank: int, device: str) -> nn.Module:
+    """As many entries, all of them in the upper half of the layers."""
+    return _masked_lora(shape, rank, device, lambda names: names[len(names) // 2 :], slice(None))
+
+
+def fish_half_the_ranks(shape: Shape, rank: int, device: str) -> nn.Module:
+    """As many entries: every second rank, whole."""
+    return _masked_lora(shape, rank, device, lambda names: names, slice(0, None, 2))
+
+
+def _masked_lora(
+    shape: Shape,
+    rank: int,
+    device: str,
+    layers: Callable[[list[str]], list[str]],
+    ranks: slice,
+) -> nn.Module:
+    model = lora(shape, rank, device)
+    selected = set(layers([name for name in trainable(model) if HEAD not in name]))
+    mask = {}
+    for name, parameter in trainable(model).items():
+        mask[name] = torch.zeros(parameter.shape, dtype=torch.bool)
+        if HEAD in name:
+            mask[name][:] = True
+        elif name in selected:
+            mask[name][ranks if ".lora_A." in name else (slice(None), ranks)] = True
+    return apply_mask(model, mask)
+
+
+def hooked(shape: Shape, rank: int, device: str, mask: Mapping[str, Tensor]) -> nn.Module:
+    """LoRA whose gradients hooks multiply by a mask."""
+    model = lora(shape, rank, device)
+    mask_gradients(model, mask)
+    return model
+
+
+def half_of(model: nn.Module) -> int:
+    """Half of the adapter's entries, and the head."""
+    sizes = {name: p.numel() for name, p in trainable(model).items()}
+    head = sum(size for name, size in sizes.items() if HEAD in name)
+    return (sum(sizes.values()) - head) // 2 + head
+
+
+def peers(shape: Shape, rank: int) -> dict[str, Way]:
+    """PEFT's other methods at the number of trainable values of LoRA of this rank, or just below.
+
+    DoRA trains magnitudes besides, so that it has a rank less.
+    """
+    common: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": [*shape.targets]}
+    dense = lora(shape, rank, "meta")
+    weights = sum(p.numel() for name, p in dense.named_parameters() if _BASE_WEIGHT in name)
+    entries = sum(p.numel() for name, p in trainable(dense).items() if HEAD not in name)
+    configs = {
+        f"DoRA r={rank - 1}": LoraConfig(r=rank - 1, use_dora=True, **common),
+        f"AdaLoRA r={rank}": AdaLoraConfig(init_r=rank, target_r=rank, total_step=1000, **common),
+        "SHiRA": ShiraConfig(r=rank, **common),
+        "Super-Tuning": SupertuningConfig(sparsity=1 - entries / weights, **common),
+    }
+    return {name: partial(_adapted, shape, config) for name, config in configs.items()}
+
+
+def _adapted(shape: Shape, config: PeftConfig, device: str) -> nn.Module:
+    return get_peft_model(shape.build(device), config)

@@ -1,0 +1,159 @@
+"""Fisher scores beside a plain forward and backward pass, which is their floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contenders import lora, trainable
+from benchmarks.measure import peak_memory, take_turns
+from benchmarks.setting import Setting
+from benchmarks.shapes import MINILM, TINY, Batch, batch_of, one_by_one, sentences
+from benchmarks.table import Row, exact, megabytes, timed
+from fish_tuning import calculate_fisher_information, score_with_perturbed_b
+
+
+def time_of_scoring(setting: Setting) -> Iterator[Row]:
+    """128 sentences: the library, a plain pass over the same batches, one example at a time."""
+    for shape in setting.shapes:
+        model = lora(shape, setting.rank, setting.device).eval()
+        batches = sentences(8 if setting.tiny else 128, 4 if setting.tiny else 32, setting.device)
+        rounds = take_turns(
+            {
+                "one pass": partial(_scores, model, batches),
+                "forward and backward": partial(plain_pass, model, batches),
+                "one example at a time": partial(naive_scores, model, one_by_one(batches)),
+            },
+            setting.rounds(9 if shape is MINILM else 5),
+            setting.device,
+        )
+        case = f"scoring 128 sentences in batches of 32, LoRA r={setting.rank}, {shape.name}"
+        goal = 1.05 if setting.on_cpu else 1.2
+        rest = (
+            "products of inputs and output gradients, squares and sums, and the first batch's "
+            "comparison with autograd's gradient"
+        )
+        yield timed(case, rounds, "one pass", "forward and backward", at_most=goal, rest=rest)
+        yield timed(
+            case,
+            rounds,
+            "one example at a time",
+            "one pass",
+            at_least=3 if setting.on_cpu else 10,
+            rest=(
+                "sentences of 5 to 55 tokens are padded to the longest of their batch, which the "
+                "loop does not do; both sides spend their time in the model's own matrix products"
+            ),
+        )
+
+
+def memory_of_scoring(setting: Setting) -> Iterator[Row]:
+    """Peaks beyond the model: against a plain pass, by number of examples, of wide layers."""
+    shape = setting.base
+    model = lora(shape, setting.rank, setting.device).eval()
+    size, tokens = (4, 8) if setting.tiny else (32, 32)
+    batches = [batch_of(size, tokens, setting.device, seed) for seed in range(4)]
+
+    def peak(run: Callable[[], object]) -> int:
+        return peak_memory(run, setting.device)
+
+    plain = peak(partial(plain_pass, model, batches))
+    few = peak(partial(_scores, model, batches[:2]))
+    many = peak(partial(_scores, model, batches))
+    case = f"peak memory of scoring, LoRA r={setting.rank}, {shape.name}, batch {size} x {tokens}"
+    yield Row(
+        f"{case}: {4 * size} examples",
+        "forward and backward",
+        f"{megabytes(many)} against {megabytes(plain)}",
+        exact(many / plain),
+        at_most=1.1,
+    )
+    yield Row(
+        f"{case}: {4 * size} examples",
+        f"{2 * size} examples",
+        f"{megabytes(many)} against {megabytes(few)}",
+        exact(many / few),
+        at_most=1.0,
+    )
+    width = 64 if setting.tiny else 4096
+    with torch.device(setting.device):
+        wide = nn.Linear(width, width, bias=False)
+        inputs = [(torch.randn(size, 8, width), torch.zeros(size, 8, width)) for _ in range(2)]
+
+    def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (outputs - batch[1]).square().mean((1, 2))
+
+    held = peak(partial(calculate_fisher_information, wide, inputs, loss_fn=loss, progress=False))
+    together = size * 4 * width**2
+    yield Row(
+        f"peak memory of scoring a {width} x {width} weight, batch {size}",
+        "per-example gradients of a batch at once",
+        f"{megabytes(held)} against {megabytes(together)}",
+        exact(held / together),
+    )
+
+
+def growth_of_scoring(setting: Setting) -> Iterator[Row]:
+    """Time for each example and each token as there are more of them."""
+    shape = TINY if setting.tiny else MINILM
+    model = lora(shape, setting.rank, setting.device).eval()
+    few, many = (8, 16) if setting.tiny else (32, 256)
+    short, long = (8, 16) if setting.tiny else (16, 128)
+    device, size = setting.device, few
+
+    def times(examples: int, tokens: int) -> Callable[[], object]:
+        batches = [batch_of(size, tokens, device, seed) for seed in range(examples // size)]
+        return partial(_scores, model, batches)
+
+    rounds = take_turns(
+        {
+            "few": times(few, 32),
+            "many": times(many, 32),
+            "short": times(few, short),
+            "long": times(few, long),
+        },
+        setting.rounds(9),
+        device,
+    )
+    for case, large, small, factor in (
+        (f"scoring time per example, {shape.name}", "many", "few", many / few),
+        (f"scoring time per token, {shape.name}", "long", "short", long / short),
+    ):
+        of = {"few": few, "many": many, "short": short, "long": long}
+        unit = "examples" if large == "many" else "tokens"
+        row = timed(case, rounds, large, small)
+        yield Row(
+            f"{case}: {of[large]} {unit}",
+            f"{of[small]} {unit}",
+            row.figure,
+            type(row.ratio)(*(q / factor for q in vars(row.ratio).values())),
+            at_most=1.1,
+        )
+
+
+def _scores(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+    return score_with_perturbed_b(model, batches, progress=False)
+
+
+def plain_pass(model: nn.Module, batches: list[Batch]) -> None:
+    """What any gradient costs: forward and backward over all batches."""
+    for batch in batches:
+        model(**batch).loss.backward()
+    model.zero_grad()
+
+
+def naive_scores(model: nn.Module, singles: list[Batch]) -> dict[str, Tensor]:
+    """Squared gradients of one example after the other."""
+    parameters = trainable(model)
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for batch in singles:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None
+            sums[name] += parameter.grad.square()
+    model.zero_grad()
+    return {name: total / len(singles) for name, total in sums.items()}

@@ -1,0 +1,106 @@
+"""Models and batches of known shapes, built from configs: weights do not change speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A classifier of known size, and the modules that adapters go to."""
+
+    name: str
+    model: Callable[[], Any]
+    targets: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
+
+    def build(self, device: str) -> Any:
+        """The model with random weights, in training mode."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = self.model()
+        return model.to(self.dtype).train()
+
+
+def _bert(**sizes: Any) -> Callable[[], Any]:
+    config = transformers.BertConfig(num_labels=2, **sizes)
+    return lambda: transformers.BertForSequenceClassification(config)
+
+
+def _llama(**sizes: Any) -> Callable[[], Any]:
+    config = transformers.LlamaConfig(num_labels=2, pad_token_id=0, use_cache=False, **sizes)
+    return lambda: transformers.LlamaForSequenceClassification(config)
+
+
+_QKV = ("query", "key", "value")
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+MINILM = Shape(
+    "MiniLM-L6",
+    _bert(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    _QKV,
+)
+BERT_BASE = Shape("BERT-base", _bert(), _QKV)
+_TINYLLAMA: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+TINYLLAMA = Shape("TinyLlama-1.1B", _llama(**_TINYLLAMA), _QKVO, torch.bfloat16)
+TINY = Shape(
+    "tiny BERT",
+    _bert(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=500,
+    ),
+    _QKV,
+)
+
+
+def batch_of(examples: int, tokens: int, device: str, seed: int = 0) -> Batch:
+    """A batch without padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 500, (examples, tokens), generator=generator)
+    labels = torch.randint(0, 2, (examples,), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def sentences(examples: int, size: int, device: str) -> list[Batch]:
+    """Batches of sentences of 5 to 55 tokens, padded to the longest of their batch."""
+    batches = []
+    for first in range(0, examples, size):
+        batch = batch_of(min(size, examples - first), 55, device, seed=first)
+        generator = torch.Generator().manual_seed(first)
+        lengths = torch.randint(5, 56, (len(batch["labels"]), 1), generator=generator).to(device)
+        longest = int(lengths.max())
+        real = torch.arange(longest, device=device) < lengths
+        batch["input_ids"] = batch["input_ids"][:, :longest] * real
+        batch["attention_mask"] = real.long()
+        batches.append(batch)
+    return batches
+
+
+def one_by_one(batches: list[Batch]) -> list[Batch]:
+    """The same sentences in batches of one, without padding."""
+    singles = []
+    for batch in batches:
+        for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            one = {key: value[i : i + 1] for key, value in batch.items()}
+            one["input_ids"] = one["input_ids"][:, :length]
+            one["attention_mask"] = one["attention_mask"][:, :length]
+            singles.append(one)
+    return singles
