@@ -1,8 +1,9 @@
 """LoRA ranks that contribute nothing are left out of the forward pass.
 
 B A x is a sum over ranks j of B[:, j] (A[j] x). Where B[:, j] is 0 and no entry of it is trained,
-its term is 0 and stays 0, and so does the gradient of A[j]: without these ranks the model computes
-the same with smaller matrices, and a layer with no other ranks does without its adapter.
+its term is 0 and stays 0, and so does the gradient of A[j]. A layer in which that holds for half of
+the ranks or more computes the same with smaller matrices, and one without other ranks does without
+its adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class LiveRanks(nn.Module):
-    """The ranks of one LoRA layer that can contribute; its forward pass uses no other.
+    """The ranks of one LoRA layer that can contribute; where few, its forward pass uses no other.
 
     Args:
         layer: PEFT's LoRA layer.
@@ -36,7 +37,7 @@ class LiveRanks(nn.Module):
         )
         self._find()
         self.handles: list[RemovableHandle] = []
-        if len(self.ranks) < len(trained):
+        if self._narrow:
             self.handles = [
                 layer.register_forward_pre_hook(self._before_forward),
                 layer.register_forward_hook(self._after_forward, always_call=True),
@@ -49,13 +50,18 @@ class LiveRanks(nn.Module):
         live = self.trained.to(weight.device) | (weight != 0).any(0)
         self.register_buffer("ranks", live.nonzero().squeeze(1), persistent=False)
 
+    @property
+    def _narrow(self) -> bool:
+        """Whether enough ranks are idle to be worth a copy of the others."""
+        return len(self.ranks) <= len(self.trained) // 2
+
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self._find()
 
     def _before_forward(self, layer: Linear, args: Any) -> None:
         a, b = self.sides
         self.active = layer._active_adapter
-        if len(self.ranks) == len(self.trained) or self.adapter not in layer.active_adapters:
+        if not self._narrow or self.adapter not in layer.active_adapters:
             return
         if not len(self.ranks) and b.bias is None:
             layer._active_adapter = [n for n in layer.active_adapters if n != self.adapter]
