@@ -77,7 +77,9 @@ def draw_start(
     base = _skeleton(base_model or settings.get("base_model_name_or_path"), settings)
     before = torch.get_rng_state()
     try:
-        config = PeftConfig.from_peft_type(**settings)  # type: ignore[no-untyped-call]
+        # PEFT warns where the base model has another name now.
+        nameless = {**settings, "base_model_name_or_path": None}
+        config = PeftConfig.from_peft_type(**nameless)  # type: ignore[no-untyped-call]
         # torch.manual_seed would seed accelerators too, whose state is not put back.
         torch.default_generator.manual_seed(seed)
         adapted = get_peft_model(base, config)
