@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from fish_tuning import (
     create_mask_from_fisher,
     load_packed,
     pack,
+    packed_file,
     packing,
     random_scores,
     unpack,
 )
-from fish_tuning.packed_file import FORMAT, RECORD_LIMIT
+from fish_tuning.packed_file import FORMAT
 
 from .models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -117,6 +119,7 @@ def test_adapter_from_its_seed(base, tmp_path, caplog, settings, stored):
     assert contents(tmp_path / "again") == {name: contents(folder)[name] for name in PACKED}
     assert report.left_out == ("training_args.bin",)
     assert report.entries["seed"] > 0 and report.entries["start"] == 0
+    assert report.entries["selected"] == FishMask.from_pretrained(folder).num_trainable
     kept = [record.getMessage() for record in caplog.records if record.name == packing.__name__]
     assert len(kept) == len(stored) and all(map(str.__contains__, kept, stored))
 
@@ -252,6 +255,22 @@ def test_weights_of_the_model_itself(base, tmp_path, dtype):
     assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
 
 
+def test_tied_weights(tmp_path):
+    """Guards a tensor that files hold under one of its names, taken for one that is missing."""
+    torch.manual_seed(0)
+    model, before = tiny_gpt2(), tiny_gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    apply_mask(model, random_mask(model, 0.1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "model")
+    report = pack(tmp_path / "model", tmp_path / "packed", start=before.state_dict())
+    assert report.entries["stored"] == 0
+    load_packed(before, tmp_path / "packed")
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.state_dict().items())
+
+
 def test_load_packed_onto_another_model(base, tmp_path):
     """Guards a model that is half overwritten before the mistake is noticed."""
     folder = fine_tuned(base, tmp_path / "model")
@@ -260,6 +279,7 @@ def test_load_packed_onto_another_model(base, tmp_path):
     before = {name: tensor.clone() for name, tensor in bigger.state_dict().items()}
     for other, start, match in (
         (bigger, base, r"weights of another model: \d+ tensors.*layer\.3"),
+        (tiny_bert(num_hidden_layers=2), base, "weights of another model: .*layer.2"),
         (tiny_bert(num_hidden_layers=2), None, r"the start that was named.*layer\.2.* not in it"),
         (tiny_bert(num_hidden_layers=3, seed=1), None, "the start that was named.*sha256"),
     ):
@@ -494,13 +514,13 @@ def set_plan(**changes):
     return edit
 
 
-def set_header(name: str, shape, size: int):
-    """Claims another shape for a tensor at the end of the weights."""
+def set_header(name: str, shape, size: int, gap: int = 0):
+    """Claims one more tensor at the end of the weights."""
 
     def edit(record, parts):
         header = json.loads(record["weights_header"])
         last = max(entry["data_offsets"][1] for key, entry in header.items() if "_" not in key)
-        offsets = [last, last + size]
+        offsets = [last + gap, last + gap + size]
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
         record["weights_header"] = json.dumps(header)
         record["tensors"].append({"mask": None, "frozen": "constant", "fill": 0, "rounded": None})
@@ -513,10 +533,6 @@ def set_text(name: str):
         record["texts"][name] = "harm"
 
     return edit
-
-
-def inflate(record, parts):
-    parts["bits"] = deflated(bytes(RECORD_LIMIT))
 
 
 def empty(part: str):
@@ -540,6 +556,8 @@ def empty(part: str):
         (set_header("z", [2**40], 2**42), "z cannot be filled with a constant"),
         (set_header("z", [2**70, 0], 0), "z has 0 frozen entries from constant"),
         (set_header("z", [3], 8), "offsets of z in its header are wrong"),
+        (set_header("z", [3], 12, gap=4), "offsets of z in its header are wrong"),
+        (set_header("z", [3], 12, gap=-4), "offsets of z in its header are wrong"),
         (set_plan(fill=2**32), "m.constant cannot be filled"),
         (set_plan(fill=-1), r"record is wrong at tensors\.\d+\.fill"),
         (set_plan(frozen="stored"), r"a part has \d+ bytes where \d+ belong"),
@@ -551,7 +569,6 @@ def empty(part: str):
         (empty("values"), r"a part has \d+ bytes where \d+ belong"),
         (empty("stored"), r"a part has \d+ bytes where \d+ belong"),
         (empty("bits"), "does not inflate to the"),
-        (inflate, "does not inflate to the"),
     ],
 )
 def test_forged_files(small, tmp_path, edit, match):
@@ -563,13 +580,32 @@ def test_forged_files(small, tmp_path, edit, match):
     assert listing(tmp_path) == [file]
 
 
-def test_record_that_inflates_without_end(small, tmp_path):
+@pytest.mark.parametrize("part", ["record", "bits"])
+def test_parts_that_inflate_without_end(small, tmp_path, monkeypatch, part):
     """Guards against memory that a few bytes ask for."""
+    monkeypatch.setattr(packed_file, "RECORD_LIMIT", 2**20)
     parts = parts_of(small / "packed")
-    parts["record"] = deflated(bytes(RECORD_LIMIT + 1))
+    parts[part] = deflated(bytes(2**26))
     (tmp_path / "packed").write_bytes(signed(parts))
-    with pytest.raises(ValueError, match=f"does not inflate to the {RECORD_LIMIT:,} bytes"):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"packed cannot be used: .*does not inflate to the"):
         unpack(tmp_path / "packed", tmp_path / "again")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
+@pytest.mark.parametrize("part", ["record", "values", "stored", "bits"])
+def test_damage_is_told_from_another_start(small, tmp_path, part):
+    """Guards advice to look for another start where the file is at fault."""
+    content = (small / "packed").read_bytes()
+    data = parts_of(small / "packed")[part].tobytes()
+    position = content.index(data) + len(data) // 2
+    flipped = content[position] ^ 0x10
+    file = tmp_path / "packed"
+    file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+    with pytest.raises(ValueError, match=r"packed cannot be used: .* the sha256 that it records"):
+        unpack(file, tmp_path / "again", start=small / "start")
 
 
 def test_files_of_other_kinds(small, tmp_path):
@@ -603,7 +639,10 @@ def test_a_seed_that_draws_other_numbers(adapter, base, tmp_path, monkeypatch):
     pack(adapter, file, seed=3)
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"seed 3 draws: .*torch \d.*here torch.*is not in it"):
-        unpack(file, tmp_path / "again", base_model=tiny_bert(hidden_size=16))
+        unpack(file, tmp_path / "again", base_model=tiny_bert(num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"lora_A.* of shape \(8, 12\) is not in it"):
+        wide = tiny_bert(num_hidden_layers=3, hidden_size=16)
+        unpack(file, tmp_path / "again", base_model=wide)
     with pytest.raises(ValueError, match=r"base model 'nowhere/at all' .*--base"):
         unpack(file, tmp_path / "again", base_model="nowhere/at all")
     with pytest.raises(ValueError, match="not for a Linear"):
