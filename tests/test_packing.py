@@ -362,7 +362,7 @@ def test_round_trip_of_any_numbers(tmp_path_factory, tensors, seed):
         name = f"model.layer.{number}"
         tensor = any_bits(rng, shape, dtype)
         selected = torch.from_numpy(np.asarray(rng.random(shape) < (density or 0.0)))
-        if density is not None:
+        if density is not None or number == 0:
             masks[name] = selected
         before = tensor
         if frozen == "constant":
@@ -660,6 +660,19 @@ def test_a_seed_that_draws_other_numbers(adapter, base, tmp_path, monkeypatch):
     assert listing(tmp_path) == before
 
 
+def test_a_base_model_with_code_of_its_own(adapter, tmp_path):
+    """Guards against running what a name in a packed file leads to."""
+    pack(adapter, tmp_path / "packed", seed=3)
+    base = tmp_path / "harm"
+    base.mkdir()
+    settings = {"model_type": "harm", "auto_map": {"AutoConfig": "code.Harm"}}
+    (base / "config.json").write_text(json.dumps(settings))
+    (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"cannot be had .*custom code"):
+        unpack(tmp_path / "packed", tmp_path / "again", base_model=base)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "again").exists()
+
+
 def test_existing_targets(small, tmp_path):
     """Guards files of the user's that would be overwritten or mixed with others."""
     (tmp_path / "full").mkdir()
@@ -710,6 +723,10 @@ def test_folders_that_cannot_be_packed(small, tmp_path):
 
     other = FishMask({name: torch.ones(2) for name in mask})
     refused(ValueError, "has shape .* other weights", write_folder(tmp_path / "o", tensors, other))
+
+    none = FishMask({"of.another.fish.weight": torch.ones(2)})
+    folder = write_folder(tmp_path / "n", tensors, none)
+    refused(ValueError, "names no tensor of the weights .* of.another.fish.weight", folder)
 
     complex_ = {"m.whole": torch.ones(3, dtype=torch.complex64)}
     folder = write_folder(tmp_path / "complex", complex_, mask)

@@ -82,7 +82,8 @@ def draw_start(
         config = PeftConfig.from_peft_type(**nameless)  # type: ignore[no-untyped-call]
         # torch.manual_seed would seed accelerators too, whose state is not put back.
         torch.default_generator.manual_seed(seed)
-        adapted = get_peft_model(base, config)
+        with torch.device("cpu"):
+            adapted = get_peft_model(base, config)
         # PEFT would ask the hub whether the vocabulary was resized.
         return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     # PEFT's methods share no base class for what they raise over a config or a model.
@@ -107,20 +108,20 @@ def _skeleton(base_model: Any, settings: Mapping[str, Any]) -> nn.Module:
                 "with a start folder in place of a seed"
             )
         family: Any = type(base_model)
-        config: Any = copy.deepcopy(base_model.config)
         with torch.device("meta"):
-            model: nn.Module = family(config)
+            model: nn.Module = family(copy.deepcopy(base_model.config))
     else:
         try:
-            config = transformers.AutoConfig.from_pretrained(base_model)
+            # The name may come from a file nobody vouches for: no code of that model's is run.
+            config = transformers.AutoConfig.from_pretrained(base_model, trust_remote_code=False)
             with torch.device("meta"):
                 model = _from_config(config, settings)
         # Clients of the hub, configs and model classes share no base class for what they raise.
         except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"the adapter's base model {str(base_model)!r} is needed to draw its start, and "
-                f"cannot be had ({str(error).strip().partition(chr(10))[0]}): name the base model "
-                "(base_model=, --base)"
+                f"cannot be had ({reason}): name the base model (base_model=, --base)"
             ) from error
     for module in model.modules():
         for name, parameter in module._parameters.items():
