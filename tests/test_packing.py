@@ -673,6 +673,14 @@ def test_a_base_model_with_code_of_its_own(adapter, tmp_path):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("text", ["[1]", "{", "null", "[" * 10**5])
+def test_damaged_adapter_config(adapter, tmp_path, text):
+    """Guards an AttributeError or a RecursionError from deep inside."""
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is no JSON object"):
+        pack(adapter, tmp_path / "packed", seed=3)
+
+
 def test_existing_targets(small, tmp_path):
     """Guards files of the user's that would be overwritten or mixed with others."""
     (tmp_path / "full").mkdir()

@@ -69,12 +69,18 @@ def draw_start(
         The tensors by the names that PEFT saves them under, in float32 on the CPU.
 
     Raises:
-        ValueError: There is no such base model, or PEFT cannot add the adapter to it.
+        ValueError: The config is damaged, there is no such base model, or PEFT cannot add the
+            adapter to it.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    settings = json.loads(adapter_config)
-    base = _skeleton(base_model or settings.get("base_model_name_or_path"), settings)
+    try:
+        settings = dict(json.loads(adapter_config))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"adapter_config.json is no JSON object ({error})") from error
+    if base_model is None:
+        base_model = settings.get("base_model_name_or_path")
+    base = _skeleton(base_model, settings)
     before = torch.get_rng_state()
     try:
         # PEFT warns where the base model has another name now.
@@ -126,11 +132,12 @@ def _skeleton(base_model: Any, settings: Mapping[str, Any]) -> nn.Module:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                zeros = torch.zeros(()).expand(parameter.shape)
+                zeros = torch.zeros((), device="cpu").expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
+                zeros = torch.zeros((), dtype=buffer.dtype, device="cpu")
+                module._buffers[name] = zeros.expand(buffer.shape)
     return model
 
 
