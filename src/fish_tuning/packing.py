@@ -8,14 +8,13 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import safetensors.torch
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -35,9 +34,9 @@ from fish_tuning.packed_file import (
     fault,
     join_safetensors,
     layout,
-    num_bytes,
     split_safetensors,
 )
+from fish_tuning.rebuild import check_shape, rebuild, selected_entries, words_of
 from fish_tuning.start import VERSIONED, draw_start, read_start
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,6 @@ Start = str | os.PathLike[str] | Mapping[str, Tensor]
 ModelOrName = str | os.PathLike[str] | nn.Module
 
 ADAPTER_CONFIG: TextName = "adapter_config.json"
-_FROM_OUTSIDE: tuple[Source, ...] = ("seed", "start")
 
 # Names in a mask are those of parameters; PEFT leaves the adapter's name out of its files.
 _ADAPTER_NAME = re.compile(r"(?:\.modules_to_save)?\.default(?=\.|$)")
@@ -141,9 +139,9 @@ def pack(
     slots = layout(header)
     names = _names_in_mask(slots, mask)
     for slot in slots:
-        _check_shape(slot, names.get(slot.name), mask)
+        check_shape(slot, names.get(slot.name), mask)
         words = data[slot.data].view(slot.word)
-        selected = _selected(slot, names.get(slot.name), mask)
+        selected = selected_entries(slot, names.get(slot.name), mask)
         frozen = words[~selected]
         plan = _plan(slot, names.get(slot.name), frozen, selected, sources)
         plans.append(plan)
@@ -163,7 +161,7 @@ def pack(
     )
     content = PackedFile(record, _joined(values), _joined(stored), bits).to_bytes()
     # Read back and checked against the hash: whoever deletes the original relies on it.
-    _rebuild(PackedFile.from_bytes(content, file), file, lambda source: sources[source])
+    rebuild(PackedFile.from_bytes(content, file), file, lambda source: sources[source])
     write_atomically(file, content)
     tensors = list(zip(slots, plans, strict=True))
     return _report(folder, len(weights), len(content), tensors, values)
@@ -282,22 +280,6 @@ def _names_in_mask(slots: list[Slot], mask: FishMask) -> dict[str, str]:
     return names
 
 
-def _check_shape(slot: Slot, name: str | None, mask: FishMask) -> None:
-    if name is not None and (name not in mask or mask[name].shape != slot.shape):
-        raise ValueError(
-            f"{slot.name} has shape {slot.shape}, which {JSON_FILE} does not list for it: the mask "
-            "is of other weights"
-        )
-
-
-def _selected(slot: Slot, name: str | None, mask: FishMask) -> NDArray[np.bool_]:
-    """Which of a tensor's entries are selected, flat."""
-    if name is None:
-        return np.zeros(slot.num_entries, np.bool_)
-    flat: NDArray[np.bool_] = mask[name].numpy().reshape(-1)
-    return flat
-
-
 def _plan(
     slot: Slot,
     name: str | None,
@@ -313,26 +295,10 @@ def _plan(
     roundings: tuple[Rounding | None, ...] = (None, *get_args(Rounding))
     for source, tensors in sources.items():
         for rounded in roundings:
-            there = _words_of(slot, tensors, rounded)
+            there = words_of(slot, tensors, rounded)
             if there is not None and np.array_equal(there[~selected], frozen):
                 return Plan(mask=name, frozen=source, rounded=rounded)
     return Plan(mask=name, frozen="stored")
-
-
-def _words_of(slot: Slot, tensors: Mapping[str, Tensor], rounded: Rounding | None) -> Words | None:
-    """A source's entries in the type of the file, flat; None if it has no such tensor.
-
-    A checkpoint may lack the prefix that a model with a head gives its names ("bert.").
-    """
-    tensor = tensors.get(slot.name, tensors.get(slot.name.partition(".")[2]))
-    if tensor is None or tuple(tensor.shape) != slot.shape:
-        return None
-    # A model in half precision rounds its adapter, which PEFT then keeps in float32.
-    if rounded is not None:
-        tensor = tensor.to(getattr(torch, rounded))
-    flat = tensor.detach().cpu().to(slot.dtype).contiguous().reshape(-1)
-    words: Words = flat.view(torch.uint8).numpy().view(slot.word)
-    return words
 
 
 def _joined(parts: list[Words]) -> Bytes:
@@ -366,91 +332,10 @@ def _contents(
 
     record = packed.record
     return {
-        record.weights_name: _rebuild(packed, path, source),
+        record.weights_name: rebuild(packed, path, source),
         BITS_FILE: join_safetensors(record.mask_header.encode("latin-1"), packed.bits),
         **{name: text.encode("latin-1") for name, text in record.texts.items()},
     }
-
-
-def _rebuild(
-    packed: PackedFile, path: Path, source: Callable[[Source], Mapping[str, Tensor]]
-) -> bytes:
-    """The weights file, checked against its hash; a source is asked for where it is needed."""
-    record = packed.record
-    try:
-        mask = FishMask.from_bytes(
-            record.texts.get("fish_mask.json", "").encode("latin-1"),
-            join_safetensors(record.mask_header.encode("latin-1"), packed.bits),
-        )
-        _check(packed, mask)
-    except ValueError as error:
-        raise fault(path, f"its parts do not fit together ({error})") from error
-    tensors = list(zip(packed.slots, record.tensors, strict=True))
-    sources = {
-        name: source(name)
-        for name in _FROM_OUTSIDE
-        if any(plan.frozen == name for plan in record.tensors)
-    }
-    for slot, plan in tensors:
-        if plan.frozen in sources and _words_of(slot, sources[plan.frozen], None) is None:
-            raise _other_start(packed, path, f"{slot.name} of shape {slot.shape} is not in it")
-
-    data = np.empty(num_bytes(packed.slots), np.uint8)
-    values, stored = packed.values, packed.stored
-    for slot, plan in tensors:
-        words = data[slot.data].view(slot.word)
-        selected = _selected(slot, plan.mask, mask)
-        size = int(selected.sum()) * slot.word.itemsize
-        words[selected], values = values[:size].view(slot.word), values[size:]
-        if plan.frozen == "constant":
-            words[~selected] = plan.fill
-        elif plan.frozen == "stored":
-            size = slot.data.stop - slot.data.start - size
-            words[~selected], stored = stored[:size].view(slot.word), stored[size:]
-        elif plan.frozen is not None:
-            there = _words_of(slot, sources[plan.frozen], plan.rounded)
-            assert there is not None
-            words[~selected] = there[~selected]
-    weights = join_safetensors(record.weights_header.encode("latin-1"), data)
-    if hashlib.sha256(weights).hexdigest() != record.weights_sha256:
-        problem = "the weights rebuilt with it do not have the sha256 recorded"
-        raise _other_start(packed, path, problem) if sources else fault(path, problem)
-    return weights
-
-
-def _check(packed: PackedFile, mask: FishMask) -> None:
-    """Whether the parts of a file have the sizes that each other claim, before any is used."""
-    selected = stored = 0
-    for slot, plan in zip(packed.slots, packed.record.tensors, strict=True):
-        _check_shape(slot, plan.mask, mask)
-        count = 0 if plan.mask is None else int(mask[plan.mask].sum())
-        frozen = slot.num_entries - count
-        if (plan.frozen is None) != (frozen == 0):
-            raise ValueError(f"{slot.name} has {frozen:,} frozen entries from {plan.frozen}")
-        if plan.frozen == "constant" and (
-            plan.mask is None or plan.fill >= 2 ** (8 * slot.word.itemsize)
-        ):
-            raise ValueError(f"{slot.name} cannot be filled with a constant")
-        selected += count * slot.word.itemsize
-        stored += frozen * slot.word.itemsize if plan.frozen == "stored" else 0
-    for part, expected in ((packed.values, selected), (packed.stored, stored)):
-        if len(part) != expected:
-            raise ValueError(f"a part has {len(part):,} bytes where {expected:,} belong")
-
-
-def _other_start(packed: PackedFile, path: Path, problem: str) -> ValueError:
-    record = packed.record
-    advice = []
-    if any(plan.frozen == "seed" for plan in record.tensors):
-        there = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-        here = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONED)
-        advice.append(
-            f"the start that seed {record.seed} draws: unpack with the base model and the versions "
-            f"that it was packed with ({there}; here {here})"
-        )
-    if any(plan.frozen == "start" for plan in record.tensors):
-        advice.append("the start that was named: name the one that it was packed with")
-    return ValueError(f"{path} does not fit {', or '.join(advice)}. Found: {problem}")
 
 
 def _report(
