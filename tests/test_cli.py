@@ -244,7 +244,9 @@ def test_refused_before_the_slow_imports(project, text):
     assert listing(project) == before
 
 
-@pytest.mark.parametrize("arguments", ["--help", "run --help", "plan --help", "--version"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "run --help", "plan --help", "pack --help", "--version"]
+)
 def test_help_imports_nothing_slow(arguments):
     """Guards --help against an import that takes seconds."""
     code = f"""

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fish_tuning.config import FishConfig, get_fish_model
     from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
     from fish_tuning.mask import FishMask
+    from fish_tuning.packing import load_packed, pack, unpack
     from fish_tuning.selection import (
         create_mask_from_fisher,
         magnitude_scores,
@@ -28,11 +29,14 @@ __all__ = [
     "create_mask_from_fisher",
     "get_fish_model",
     "get_mask",
+    "load_packed",
     "magnitude_scores",
+    "pack",
     "random_scores",
     "remove_mask",
     "reversed_scores",
     "score_with_perturbed_b",
+    "unpack",
 ]
 
 _HOMES = {
@@ -45,11 +49,14 @@ _HOMES = {
     "create_mask_from_fisher": "selection",
     "get_fish_model": "config",
     "get_mask": "sparse",
+    "load_packed": "packing",
     "magnitude_scores": "selection",
+    "pack": "packing",
     "random_scores": "selection",
     "remove_mask": "sparse",
     "reversed_scores": "selection",
     "score_with_perturbed_b": "fisher",
+    "unpack": "packing",
 }
 
 

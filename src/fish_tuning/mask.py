@@ -171,8 +171,34 @@ class FishMask(Mapping[str, Tensor]):
         """
         record_path = _locate(directory, JSON_FILE, revision, token)
         bits_path = _locate(directory, BITS_FILE, revision, token)
-        record = _read_record(record_path)
-        bits = _read_bits(bits_path)
+        return cls.from_bytes(
+            record_path.read_bytes(), bits_path.read_bytes(), record_path, bits_path
+        )
+
+    @classmethod
+    def from_bytes(
+        cls,
+        record_content: bytes,
+        bits_content: bytes,
+        record_path: Path = Path(JSON_FILE),
+        bits_path: Path = Path(BITS_FILE),
+    ) -> FishMask:
+        """Read a mask from the contents of the two files that `save_pretrained` wrote.
+
+        Args:
+            record_content: What `fish_mask.json` holds.
+            bits_content: What `fish_mask.safetensors` holds.
+            record_path: What errors call the first.
+            bits_path: What they call the second.
+
+        Returns:
+            The mask, checked against its own record.
+
+        Raises:
+            ValueError: As in `from_pretrained`.
+        """
+        record = _read_record(record_path, record_content)
+        bits = _read_bits(bits_path, bits_content)
         sizes = [math.prod(entry["shape"]) for entry in record["tensors"]]
         if len(bits) != (expected := sum(_num_bytes(size) for size in sizes)):
             raise _fault(
@@ -283,9 +309,9 @@ def _fault(path: Path, problem: str) -> ValueError:
     )
 
 
-def _read_bits(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_bits(path: Path, content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
-        bits = safetensors.torch.load_file(path).get("bits")
+        bits = safetensors.torch.load(content).get("bits")
     except SafetensorError as error:
         raise _fault(path, f"it is not a whole safetensors file ({error})") from error
     if bits is None or bits.dtype != torch.uint8 or bits.dim() != 1:
@@ -293,9 +319,9 @@ def _read_bits(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return bits.numpy()
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise _fault(path, f"it is not JSON ({error})") from error
     if not isinstance(record, dict):

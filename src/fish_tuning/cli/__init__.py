@@ -7,6 +7,7 @@ import typer
 from fish_tuning import __version__
 from fish_tuning.cli.env import env
 from fish_tuning.cli.inspect import inspect
+from fish_tuning.cli.pack import pack, unpack
 from fish_tuning.cli.plan import plan
 from fish_tuning.cli.report import report
 from fish_tuning.cli.run import run
@@ -39,5 +40,5 @@ def _options(
     pass
 
 
-for _command in (run, plan, inspect, report, env):
+for _command in (run, plan, inspect, report, pack, unpack, env):
     main.command()(_command)

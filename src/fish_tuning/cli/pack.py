@@ -1,0 +1,119 @@
+"""`fish-tuning pack` and `fish-tuning unpack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fish_tuning.cli.terminal import quiet_libraries, say, stdout, user_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fish_tuning.packing import PackReport
+
+Start = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of the adapter before training, or of the model that was fine-tuned.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Folder or hub id of the base model (its config); by default what the adapter names.",
+        show_default=False,
+    ),
+]
+
+_WORDS = {
+    "selected": "selected",
+    "constant": "frozen, one constant",
+    "seed": "frozen, drawn from the seed",
+    "start": "frozen, as in the start",
+    "stored": "frozen, stored whole",
+}
+
+
+def pack(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder of an adapter or model with its mask.", show_default=False
+        ),
+    ],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to write.", show_default=False)
+    ],
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="What torch was seeded with right before the adapter was added.",
+            show_default=False,
+        ),
+    ] = None,
+    start: Start = None,
+    base: Base = None,
+) -> None:
+    """Pack an adapter into its trained values, a bit mask and how to rebuild the rest."""
+    with user_errors():
+        quiet_libraries()
+
+        from fish_tuning.packing import pack as pack_folder
+
+        report = pack_folder(folder, file, seed=seed, start=start, base_model=base)
+        stdout().print(_table(report))
+        ratio = report.packed_bytes / max(1, report.weights_bytes)
+        stdout().print(
+            f"{file}: {report.packed_bytes:,} bytes, {ratio:.1%} of the {report.weights_bytes:,} "
+            "of the weights file",
+            markup=False,
+            soft_wrap=True,
+        )
+        if report.left_out:
+            say(f"note: not packed: {', '.join(report.left_out)}")
+
+
+def unpack(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A file that fish-tuning pack wrote.", show_default=False
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder to write.", show_default=False)
+    ],
+    start: Start = None,
+    base: Base = None,
+) -> None:
+    """Write the folder that was packed, bit for bit."""
+    with user_errors():
+        quiet_libraries()
+
+        from fish_tuning.packing import unpack as unpack_file
+
+        unpack_file(file, folder, start=start, base_model=base)
+        before = file.stat().st_size
+        after = sum(path.stat().st_size for path in folder.iterdir())
+        stdout().print(f"{folder}: {after:,} bytes from {before:,}", markup=False, soft_wrap=True)
+
+
+def _table(report: PackReport) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("entries", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("count", "bytes"):
+        table.add_column(column, justify="right")
+    for kind, words in _WORDS.items():
+        if report.entries[kind]:
+            table.add_row(words, f"{report.entries[kind]:,}", f"{report.sizes.get(kind, 0):,}")
+    rest = report.packed_bytes - sum(report.sizes.values())
+    table.add_row("mask, names, configs", "", f"{rest:,}")
+    return table
