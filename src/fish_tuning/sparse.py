@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fish_tuning.distributed import assign, check_equal, check_maskable, whole
 from fish_tuning.mask import FishMask
 
 HOLDER = "fish"
@@ -31,6 +32,8 @@ HOLDER = "fish"
 GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
 so that a larger group would keep many dense gradients alive at once."""
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 # The tensors that transformers' Trainer excludes from weight decay, by its own patterns; a group
 # of such tensors has "bias" in its name and so is excluded too.
@@ -62,6 +65,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
             other shapes); it selects entries of a frozen parameter, or nothing at all. The model
             is unchanged.
     """
+    check_maskable(model)
     if get_mask(model) is not None:
         raise ValueError("the model has a mask already: call remove_mask(model) first")
     if hasattr(model, HOLDER):
@@ -72,6 +76,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     _check_fits(parameters, mask)
+    # An engine would send the values alone: what they are written into has to be equal before.
+    check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, _Holder(model, parameters, mask))
     return model
 
@@ -235,8 +241,9 @@ class _Group(nn.Module):
         Through .data: further forward passes, with gradients or without, and state dicts may come
         before a backward, and writing the same values again must not invalidate what it needs.
         """
+        values = whole(self.values.detach(), len(self.index))
         # scatter_ takes int64 alone; converting and scattering is 50 times the speed of indexing.
-        self.storage.data.scatter_(0, self.index.long(), self.values.detach())
+        self.storage.data.scatter_(0, self.index.long(), values)
 
     # The state dict has the tensors under the names of their owners, and nothing of the group.
 
@@ -282,6 +289,11 @@ class _Holder(nn.Module):
         if hasattr(model, "save_pretrained"):
             # A partial, unlike a bound method of another class's making, can be pickled.
             vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
+        # DistributedDataParallel would broadcast them before each forward pass.
+        self.ignored_before = getattr(model, _DDP_IGNORES, [])
+        ours = [f"{HOLDER}.{name}" for name, _ in self.named_buffers()]
+        ours += [key for tensor in taken for key in tensor.keys]
+        setattr(model, _DDP_IGNORES, [*self.ignored_before, *ours])
 
     def _tensors(self) -> Iterator[_Tensor]:
         """The tensors with trained entries."""
@@ -302,6 +314,7 @@ class _Holder(nn.Module):
         for handle in self.handles:
             handle.remove()
         vars(model).pop("save_pretrained", None)
+        setattr(model, _DDP_IGNORES, self.ignored_before)
         for group in self.groups:
             group.write()
         for tensor in self.unselected:
@@ -435,7 +448,8 @@ class _Holder(nn.Module):
             # load_state_dict(assign=True) puts another tensor in its place.
             tensor.resting.copy_(loaded)
             tensor.install(tensor.resting)
-        group.values[tensor.selected] = group.storage[group.index[tensor.selected]]
+        selected = group.storage[group.index[tensor.selected]]
+        assign(group.values, tensor.selected, selected)
 
 
 def _direct_gradient_hook(
