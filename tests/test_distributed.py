@@ -151,6 +151,18 @@ class Stream(IterableDataset):
         return iter(self.examples)
 
 
+class Shuffled:
+    """Batches in an order that Python's and numpy's generators make."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        order = np.random.permutation(len(self.batches)).tolist()
+        random.shuffle(order)
+        return (self.batches[i] for i in order)
+
+
 def prepared(loader, **config):
     return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**config)).prepare(
         loader
@@ -167,6 +179,7 @@ def loader_of(kind, examples):
         return DataLoader(examples, sampler=sampler, **settings)
     return {
         "plain": lambda: plain,
+        "shuffled": lambda: Shuffled(batches_of(examples, 4)),
         "seedable": lambda: prepared(plain, use_seedable_sampler=True, data_seed=0),
         "generator": lambda: prepared(plain, use_seedable_sampler=False),
         "split": lambda: prepared(plain, split_batches=True),
@@ -177,18 +190,19 @@ def loader_of(kind, examples):
     }[kind]()
 
 
-KINDS = ["plain", "seedable", "generator", "split", "uneven", "dispatched", "stream"]
+KINDS = ["plain", "shuffled", "seedable", "generator", "split", "uneven", "dispatched", "stream"]
 KINDS += ["dispatched stream", "sampler", "sampler, drop_last"]
 
 
-def attributes_of(loader):
+def division_of(loader):
+    """How the parts of a loader are set, except for the epoch that a pass over it moves on."""
+    if not isinstance(loader, DataLoader):
+        return []
     parts = [loader.dataset, loader.batch_sampler, loader.sampler]
-    parts.append(getattr(loader.batch_sampler, "batch_sampler", None))
-    simple = int, bool, str
     return [
-        {k: v for k, v in vars(part).items() if isinstance(v, simple) and k not in ("epoch",)}
+        {k: v for k, v in vars(part).items() if isinstance(v, int | bool) and k != "epoch"}
         for part in parts
-        if part is not None and not isinstance(part, list)
+        if hasattr(part, "__dict__")
     ]
 
 
@@ -196,12 +210,12 @@ def scores_by_loader(rank, model, examples):
     results = []
     for kind in KINDS:
         # As in a program that has set no seed.
-        torch.manual_seed(rank)
+        torch.manual_seed(rank), random.seed(rank), np.random.seed(rank)
         loader = loader_of(kind, examples)
-        before = attributes_of(loader)
+        before = division_of(loader)
         some = scored(model, loader, num_samples=6)
         results.append((scored(model, loader), some))
-        assert attributes_of(loader) == before, kind
+        assert division_of(loader) == before, kind
     return results
 
 

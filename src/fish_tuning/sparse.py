@@ -50,7 +50,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     parameter that the mask does not name.
 
     Apply the mask before the optimizer is built, and call the model that was masked: gradients
-    of a forward pass that goes around it (a submodule called directly) raise in backward.
+    of a forward pass that goes around it (a submodule called directly) raise in backward. Where
+    torch.distributed has several processes, all of them call, before an engine wraps the model.
 
     Args:
         model: The model, for instance a `PeftModel`.
@@ -62,7 +63,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: The model has a mask already; the mask is of another model (unknown names,
-            other shapes); it selects entries of a frozen parameter, or nothing at all. The model
+            other shapes); it selects entries of a frozen parameter, or nothing at all; an engine
+            wraps the model already, or the processes hold different tensors or masks. The model
             is unchanged.
     """
     check_maskable(model)
