@@ -337,7 +337,8 @@ def wrapped(rank, batches):
     mask = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in trainable(ddp).items()}
     errors = [
         error_of(apply_mask, ddp, mask),
-        error_of(get_fish_model, ddp, config, batches, progress=False),
+        # Before anything is scored.
+        error_of(get_fish_model, ddp, config, Failing(batches, fails=True), progress=False),
     ]
     scores = scored(ddp, batches), score_with_perturbed_b(ddp, batches, progress=False)
     sharded = []
