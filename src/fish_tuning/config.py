@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fish_tuning.batches import Batch
+from fish_tuning.distributed import check_maskable
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.mask import FishMask
 from fish_tuning.objective import Estimator, LossFunction
@@ -101,6 +102,7 @@ def get_fish_model(
         ValueError: As in `calculate_fisher_information`, `create_mask_from_fisher` and
             `apply_mask`; what can be told from the model alone, before anything is scored.
     """
+    check_maskable(model)
     if get_mask(model) is not None:
         raise ValueError("the model has a mask already: call remove_mask(model) first")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.batches import Batch, Forward, batch_size, take
+from fish_tuning.distributed import Processes, unwrapped
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction, Objective
 from fish_tuning.per_example import NoRuleError, PerExampleGradients, zeros_for
@@ -52,9 +53,14 @@ def calculate_fisher_information(
     Everything borrowed comes back as it was, also after an exception: training mode, gradients,
     the states of the random number generators. Dropout is off while scoring.
 
+    Where torch.distributed has several processes, all of them call, with the same model and the
+    same calibration set. Each scores every n-th batch, and all return the scores of the whole
+    set. A loader that accelerate or a `DistributedSampler` has divided counts as the whole one,
+    without the examples that those repeat or drop.
+
     Args:
         model: Any transformers or PEFT model, or an `nn.Module` whose output has `logits` or is
-            the logits.
+            the logits. Of a `DistributedDataParallel`, its module is scored.
         calibration_dataloader: Batches; a `DataLoader` or any iterable of mappings, with
             `labels` among the keys. Keys that the model does not take are dropped (logged once).
         device: Where to score; the model is moved there and stays. By default where it is.
@@ -78,8 +84,11 @@ def calculate_fisher_information(
 
     Raises:
         ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
-            a loss is not finite, or an argument is out of range.
+            a loss is not finite, or an argument is out of range; the parameters are sharded, or
+            the processes have different models or batches.
+        RuntimeError: Another process failed.
     """
+    model = unwrapped(model)
     for name, value, allowed in (
         ("estimator", estimator, get_args(Estimator)),
         ("statistic", statistic, get_args(Statistic)),
@@ -109,9 +118,15 @@ def calculate_fisher_information(
     )
     scorer: _OnePass | _OneByOne | None = None
     count = 0
-    bar = tqdm(total=num_samples, desc="Fisher", unit="example", disable=not progress)
-    with _borrowed(model), bar:
-        for batch in calibration_dataloader:
+    processes = Processes(parameters)
+    bar = tqdm(
+        total=num_samples,
+        desc="Fisher",
+        unit="example",
+        disable=not progress or processes.rank > 0,
+    )
+    with _borrowed(model), processes.sharing(calibration_dataloader) as batches, bar:
+        for own, batch in batches:
             batch = objective.forward.on_device(batch)
             size = batch_size(batch)
             if num_samples is not None and count + size > num_samples:
@@ -119,7 +134,7 @@ def calculate_fisher_information(
                 batch = take(batch, 0, size)
             if scorer is None and objective.has_label(batch):
                 scorer = _scorer_for(model, parameters, objective, batch)
-            if scorer is not None:
+            if scorer is not None and own:
                 try:
                     scorer.add(batch, count)
                 except NoRuleError as reason:
@@ -130,10 +145,11 @@ def calculate_fisher_information(
             bar.update(size)
             if count == num_samples:
                 break
-    if count == 0:
-        raise ValueError("the calibration dataloader is empty: give at least one example")
-    if scorer is None:
-        raise ValueError(f"all labels of the {count} calibration examples are -100")
+        if count == 0:
+            raise ValueError("the calibration dataloader is empty: give at least one example")
+        if scorer is None:
+            raise ValueError(f"all labels of the {count} calibration examples are -100")
+    processes.add(scorer.sums.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
     scores = {name: total.div_(count) for name, total in scorer.sums.items()}
@@ -182,9 +198,11 @@ def score_with_perturbed_b(
 
     Raises:
         ValueError: As in `calculate_fisher_information`; `std` is not above 0.
+        RuntimeError: As there.
     """
     if not std > 0:
         raise ValueError(f"std={std}: above 0")
+    model = unwrapped(model)
     zero_sides = {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fish_tuning.distributed import assign
 from fish_tuning.lora_ranks import leave_out_idle_ranks
 from fish_tuning.mask import FishMask
 from fish_tuning.storage import Group, MaskedTensor, grouped, take_out
 
 HOLDER = "fish"
 """The name under which a masked model holds its trainable values."""
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 class Holder(nn.Module):
@@ -63,6 +66,11 @@ class Holder(nn.Module):
         if hasattr(model, "save_pretrained"):
             # A partial, unlike a bound method of another class's making, can be pickled.
             vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
+        # DistributedDataParallel would broadcast them before each forward pass.
+        self.ignored_before = getattr(model, _DDP_IGNORES, [])
+        ours = [f"{HOLDER}.{name}" for name, _ in self.named_buffers()]
+        ours += [key for tensor in taken for key in tensor.keys]
+        setattr(model, _DDP_IGNORES, [*self.ignored_before, *ours])
 
     def _tensors(self) -> Iterator[MaskedTensor]:
         """The tensors with trained entries."""
@@ -83,6 +91,7 @@ class Holder(nn.Module):
         for handle in self.handles:
             handle.remove()
         vars(model).pop("save_pretrained", None)
+        setattr(model, _DDP_IGNORES, self.ignored_before)
         for group in self.groups:
             group.write()
         for tensor in self.unselected:
@@ -217,7 +226,8 @@ class Holder(nn.Module):
             # load_state_dict(assign=True) puts another tensor in its place.
             tensor.resting.copy_(loaded)
             tensor.install(tensor.resting)
-        group.values[tensor.selected] = group.storage[group.index[tensor.selected]]
+        selected = group.storage[group.index[tensor.selected]]
+        assign(group.values, tensor.selected, selected)
 
 
 def _direct_gradient_hook(

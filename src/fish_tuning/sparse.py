@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import chain
 
 from torch import Tensor, nn
 
+from fish_tuning.distributed import check_equal, check_maskable
 from fish_tuning.holder import HOLDER, Holder, holder_of
 from fish_tuning.mask import FishMask
 
@@ -21,7 +23,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     parameter that the mask does not name.
 
     Apply the mask before the optimizer is built, and call the model that was masked: gradients
-    of a forward pass that goes around it (a submodule called directly) raise in backward.
+    of a forward pass that goes around it (a submodule called directly) raise in backward. Where
+    torch.distributed has several processes, all of them call, before an engine wraps the model.
 
     Args:
         model: The model, for instance a `PeftModel`.
@@ -33,9 +36,11 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: The model has a mask already; the mask is of another model (unknown names,
-            other shapes); it selects entries of a frozen parameter, or nothing at all. The model
+            other shapes); it selects entries of a frozen parameter, or nothing at all; an engine
+            wraps the model already, or the processes hold different tensors or masks. The model
             is unchanged.
     """
+    check_maskable(model)
     if get_mask(model) is not None:
         raise ValueError("the model has a mask already: call remove_mask(model) first")
     if hasattr(model, HOLDER):
@@ -46,6 +51,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     _check_fits(parameters, mask)
+    # An engine would send the values alone: what they are written into has to be equal before.
+    check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, Holder(model, parameters, mask))
     return model
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.distributed import whole
+
 GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
 so that a larger group would keep many dense gradients alive at once."""
@@ -116,8 +118,9 @@ class Group(nn.Module):
         Through .data: further forward passes, with gradients or without, and state dicts may come
         before a backward, and writing the same values again must not invalidate what it needs.
         """
+        values = whole(self.values.detach(), len(self.index))
         # scatter_ takes int64 alone; converting and scattering is 50 times the speed of indexing.
-        self.storage.data.scatter_(0, self.index.long(), self.values.detach())
+        self.storage.data.scatter_(0, self.index.long(), values)
 
     # The state dict has the tensors under the names of their owners, and nothing of the group.
 
