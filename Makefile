@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-all bench bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ test: lint ## lint and the quick tests
 
 test-all: lint ## lint and every test, the slow ones too
 	$(PYTEST) -m "slow or not slow"
+
+# glibc keeps freed memory: whether it gives some back between two steps is an accident of the heap.
+BENCH := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python -m benchmarks
+
+bench: $(STAMP) ## speed and memory on the processor, some 10 minutes on an idle machine
+	$(BENCH)
+
+bench-gpu: $(STAMP) ## the same on an accelerator
+	$(BENCH) --device cuda
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

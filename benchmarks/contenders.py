@@ -78,30 +78,10 @@ def fish(shape: Shape, rank: int, device: str, **config: Any) -> nn.Module:
 
 def fish_upper_layers(shape: Shape, rank: int, device: str) -> nn.Module:
     """As many entries, all of them in the upper half of the layers."""
-    return _masked_lora(shape, rank, device, lambda names: names[len(names) // 2 :], slice(None))
-
-
-def fish_half_the_ranks(shape: Shape, rank: int, device: str) -> nn.Module:
-    """As many entries: every second rank, whole."""
-    return _masked_lora(shape, rank, device, lambda names: names, slice(0, None, 2))
-
-
-def _masked_lora(
-    shape: Shape,
-    rank: int,
-    device: str,
-    layers: Callable[[list[str]], list[str]],
-    ranks: slice,
-) -> nn.Module:
     model = lora(shape, rank, device)
-    selected = set(layers([name for name in trainable(model) if HEAD not in name]))
-    mask = {}
-    for name, parameter in trainable(model).items():
-        mask[name] = torch.zeros(parameter.shape, dtype=torch.bool)
-        if HEAD in name:
-            mask[name][:] = True
-        elif name in selected:
-            mask[name][ranks if ".lora_A." in name else (slice(None), ranks)] = True
+    entries = [name for name in trainable(model) if HEAD not in name]
+    lower = set(entries[: len(entries) // 2])
+    mask = {name: torch.full(p.shape, name not in lower) for name, p in trainable(model).items()}
     return apply_mask(model, mask)
 
 

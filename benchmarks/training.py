@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 from torch import nn
@@ -14,7 +17,6 @@ from benchmarks.contenders import (
     Contender,
     Way,
     fish,
-    fish_half_the_ranks,
     fish_upper_layers,
     half_of,
     hooked,
@@ -31,7 +33,6 @@ from fish_tuning import apply_mask, create_mask_from_fisher, random_scores
 DEFAULT = "FISH"
 PUBLISHED = "FISH, published selection"
 UPPER = "FISH, upper half of the layers"
-RANKS = "FISH, half of the ranks"
 HOOKS = "gradient hooks, float masks, dense AdamW"
 
 
@@ -48,7 +49,6 @@ def ways(shape: Shape, rank: int) -> dict[str, Way]:
         DEFAULT: partial(fish, shape, rank),
         PUBLISHED: partial(fish, shape, rank, scoring_point="start", scope="global"),
         UPPER: partial(fish_upper_layers, shape, rank),
-        RANKS: partial(fish_half_the_ranks, shape, rank),
         **peers(shape, rank // 2),
     }
 
@@ -63,21 +63,34 @@ def half_mask(model: nn.Module, keep_ratio: float | None = None) -> dict[str, to
 def time_of_a_step(setting: Setting) -> Iterator[Row]:
     """A step of all contenders."""
     for shape in setting.shapes:
-        batch = _batch(setting, shape)
-        contenders = {
-            name: Contender.of(way(setting.device))
-            for name, way in ways(shape, setting.rank).items()
-        }
-        rounds = take_turns(
-            {name: partial(each.step, batch) for name, each in contenders.items()},
-            setting.rounds(21 if shape is MINILM else 11),
-            setting.device,
-            warmup=2,
-        )
-        size, tokens = batch["input_ids"].shape
+        rounds, counts = take_steps(setting, shape, ways(shape, setting.rank))
+        size, tokens = batch_for(setting, shape)["input_ids"].shape
         case = f"training step, {shape.name}, batch {size} x {tokens}"
-        counts = {name: each.num_trainable for name, each in contenders.items()}
         yield from _step_rows(case, rounds, counts, setting.rank)
+
+
+def take_steps(
+    setting: Setting, shape: Shape, ways: Mapping[str, Way]
+) -> tuple[Rounds, dict[str, int]]:
+    """Times of steps, and the number of trained values of each contender."""
+    batch = batch_for(setting, shape)
+    contenders = {name: Contender.of(way(setting.device)) for name, way in ways.items()}
+    rounds = take_turns(
+        {name: partial(each.step, batch) for name, each in contenders.items()},
+        setting.rounds(21 if shape is MINILM else 11),
+        setting.device,
+        warmup=2,
+    )
+    return rounds, {name: each.num_trainable for name, each in contenders.items()}
+
+
+def batch_for(setting: Setting, shape: Shape) -> Batch:
+    """A batch of a size that the device trains a shape with."""
+    if setting.tiny:
+        return batch_of(4, 8, setting.device)
+    if setting.on_cpu:
+        return batch_of(32 if shape is MINILM else 8, 32, setting.device)
+    return batch_of(8 if shape is TINYLLAMA else 32, 128, setting.device)
 
 
 def _step_rows(case: str, rounds: Rounds, counts: dict[str, int], rank: int) -> Iterator[Row]:
@@ -108,52 +121,64 @@ def _step_rows(case: str, rounds: Rounds, counts: dict[str, int], rank: int) -> 
         at_most=0.9,
         rest="the forward pass of the lower layers, which nothing can leave out",
     )
-    yield timed(
-        case,
-        rounds,
-        RANKS,
-        half,
-        at_most=0.9,
-        rest="what is left is LoRA of half the rank itself: its products are the same, and the "
-        "narrow matrices are cut out anew in each pass",
-    )
     yield timed(case, rounds, DEFAULT, HOOKS, at_most=1, rest="the model's own passes")
     for name, count in counts.items():
-        if name not in (full, half, HOOKS, DEFAULT, PUBLISHED, UPPER, RANKS):
+        if name not in (full, half, HOOKS, DEFAULT, PUBLISHED, UPPER):
             row = timed(case, rounds, DEFAULT, name)
             yield replace(row, against=f"{name}, {count:,} values to {counts[DEFAULT]:,}")
 
 
+def step_with_default_malloc(setting: Setting) -> Iterator[Row]:
+    """A step in a process of its own, whose C library gives freed memory back as it likes.
+
+    All other cases run with MALLOC_TRIM_THRESHOLD_ set (see the Makefile). Without it glibc returns
+    the top of the heap to the system when enough of it is free, and the next step has to fetch
+    these pages again. How much is free there depends on where small and lasting tensors came to
+    lie, and no contender has a say in that.
+    """
+    if not setting.on_cpu:
+        return
+    full = f"LoRA r={setting.rank}"
+    variables = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("MALLOC_")}
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            rounds = pool.submit(_two_ways, setting, full, DEFAULT).result()
+    finally:
+        os.environ.update(variables)
+    yield timed(
+        f"training step with glibc's default malloc, {setting.shapes[0].name}",
+        rounds,
+        DEFAULT,
+        full,
+        at_most=1,
+        rest="pages of freed memory that glibc gives back after a step and fetches again in the "
+        "next; with MALLOC_TRIM_THRESHOLD_ set it keeps them",
+    )
+
+
+def _two_ways(setting: Setting, *names: str) -> Rounds:
+    shape = setting.shapes[0]
+    chosen = {name: ways(shape, setting.rank)[name] for name in names}
+    return take_steps(setting, shape, chosen)[0]
+
+
 def growth_of_a_step(setting: Setting) -> Iterator[Row]:
     """A step by the fraction of entries that are trained."""
-    shape = setting.shapes[0]
-    rank, batch = setting.rank, _batch(setting, shape)
-    ratios = (0.01, 0.1, 0.5, 0.9)
-    contenders = {f"LoRA r={rank}": Contender.of(lora(shape, rank, setting.device))}
-    for ratio in ratios:
-        model = lora(shape, rank, setting.device)
-        contenders[f"keep ratio {ratio}"] = Contender.of(apply_mask(model, half_mask(model, ratio)))
-    rounds = take_turns(
-        {name: partial(each.step, batch) for name, each in contenders.items()},
-        setting.rounds(15),
-        setting.device,
-        warmup=2,
-    )
-    case = f"training step by keep ratio, {shape.name}"
-    for ratio in ratios:
+    shape, rank = setting.shapes[0], setting.rank
+    full = f"LoRA r={rank}"
+
+    def kept(ratio: float, device: str) -> nn.Module:
+        model = lora(shape, rank, device)
+        return apply_mask(model, half_mask(model, ratio))
+
+    ratios = {f"keep ratio {ratio}": partial(kept, ratio) for ratio in (0.01, 0.1, 0.5, 0.9)}
+    rounds, _ = take_steps(setting, shape, {full: partial(lora, shape, rank), **ratios})
+    for name in ratios:
         yield timed(
-            case,
+            f"training step by keep ratio, {shape.name}",
             rounds,
-            f"keep ratio {ratio}",
-            f"LoRA r={rank}",
+            name,
+            full,
             at_most=1,
             rest="writing the values before the pass and gathering their gradients after it",
         )
-
-
-def _batch(setting: Setting, shape: Shape) -> Batch:
-    if setting.tiny:
-        return batch_of(4, 8, setting.device)
-    if setting.on_cpu:
-        return batch_of(32 if shape is MINILM else 8, 32, setting.device)
-    return batch_of(8 if shape is TINYLLAMA else 32, 128, setting.device)

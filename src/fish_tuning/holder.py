@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fish_tuning.distributed import assign
-from fish_tuning.lora_ranks import leave_out_idle_ranks
+from fish_tuning.idle_layers import leave_out_idle_layers
 from fish_tuning.mask import FishMask
 from fish_tuning.storage import Group, MaskedTensor, grouped, take_out
 
@@ -58,9 +58,7 @@ class Holder(nn.Module):
             # torch marks the hook with an attribute, which a bound method does not take.
             model.register_state_dict_post_hook(functools.partial(self._after_state_dict)),
         ]
-        narrowed = leave_out_idle_ranks(model, mask)
-        self.narrowed = nn.ModuleList(narrowed)
-        self.handles += chain.from_iterable(live.handles for live in narrowed)
+        self.handles += leave_out_idle_layers(model, mask)
         for module in {module: None for tensor in self._tensors() for module, _ in tensor.owners}:
             self.handles.append(module.register_load_state_dict_post_hook(self._after_load))
         if hasattr(model, "save_pretrained"):

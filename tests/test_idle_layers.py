@@ -1,6 +1,7 @@
-"""Ranks whose B is zero and untrained: left out of the computation, and nothing else changes."""
+"""Adapters whose B is zero and untrained: left out, and nothing else changes."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,48 +9,45 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from fish_tuning import apply_mask, remove_mask
+from fish_tuning.sparse import masked_parameters
 
 from .models import examples_for, pad, tiny_bert, with_lora
 
-LIVE = {"query": 0, "key": 2, "value": 4}
-"""Ranks of 4 with trained entries of B, by module."""
+TARGETS = ["query", "key", "value"]
+IDLE = "query"
+"""The module with nothing trained; of value's A alone some entries are."""
 
 
 def lora_bert(**config):
     """LoRA at its usual start, B = 0, without dropout."""
-    settings = {"target_modules": [*LIVE], "lora_dropout": 0.0, **config}
+    settings = {"target_modules": TARGETS, "lora_dropout": 0.0, **config}
     return with_lora(tiny_bert(), **settings).eval()
 
 
-def mask_for(model, live=LIVE):
-    """Random bits; in B only the last ranks of each module, as many as `live` says."""
+def mask_for(model, idle=IDLE):
+    """Random bits; none in the idle module, nor in value's B."""
     generator = torch.Generator().manual_seed(0)
     mask = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             mask[name] = torch.rand(p.shape, generator=generator) < 0.5
-            module = next((m for m in live if f".{m}." in name), None)
-            if module and name.endswith("lora_B.default.weight"):
-                mask[name][:, : mask[name].shape[1] - live[module]] = False
-            if module and not live[module]:
-                mask[name][:] = False
             if "modules_to_save" in name:
                 mask[name][:] = True
+            if f".{idle}." in name or ".value.lora_B." in name:
+                mask[name][:] = False
     return mask
 
 
-def widths(model, batch):
-    """How many ranks each module's A computes in a forward pass; None where it is not called."""
-    seen = dict.fromkeys(LIVE)
-    handles = []
-    for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):
-            target = name.split(".")[-3]
-
-            def look(module, args, output, target=target):
-                seen[target] = output.shape[-1]
-
-            handles.append(module.register_forward_hook(look))
+def called(model, batch):
+    """The modules whose adapter computes something in a forward pass."""
+    seen = set()
+    handles = [
+        module.register_forward_hook(
+            partial(lambda target, *_: seen.add(target), name.split(".")[-3])
+        )
+        for name, module in model.named_modules()
+        if name.endswith("lora_A.default")
+    ]
     model(**batch)
     for handle in handles:
         handle.remove()
@@ -75,11 +73,11 @@ def steps(model, mask=None, count=4):
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 def test_training_equals_dense_lora_with_masked_gradients(checkpointing):
-    """Guards a rank that was left out and did contribute, also where layers run twice."""
+    """Guards a layer that was left out and did contribute, also where layers run twice."""
     model = lora_bert()
     twin, mask = copy.deepcopy(model), mask_for(model)
     apply_mask(model, mask)
-    assert widths(model, pad(examples_for(model, 2))) == {"query": None, "key": 2, "value": 4}
+    assert called(model, pad(examples_for(model, 2))) == {"key", "value"}
     if checkpointing is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -93,17 +91,14 @@ def test_training_equals_dense_lora_with_masked_gradients(checkpointing):
         assert state[name].shape == expected[name].shape
 
 
-def test_weights_have_all_ranks_outside_of_the_layers_forward():
-    """Guards files, merging and a failed forward pass against narrow matrices."""
+def test_layers_have_their_adapter_outside_of_a_forward_pass():
+    """Guards a failed forward pass, and merging, against an adapter that stays off."""
     model = lora_bert()
-    layer = model.base_model.model.bert.encoder.layer[0].attention.self
     apply_mask(model, mask_for(model))
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
     with pytest.raises(RuntimeError):
-        layer.key(torch.zeros(1, 1, 5))
-    assert layer.key.lora_A["default"].weight.shape == (4, 12)
-    with pytest.raises(RuntimeError):
-        layer.query(torch.zeros(1, 1, 5))
-    assert layer.query.active_adapters == ["default"]
+        layer(torch.zeros(1, 1, 5))
+    assert layer.active_adapters == ["default"]
     steps(model, count=1)
     batch = pad(examples_for(model, 2))
     with torch.no_grad():
@@ -114,7 +109,7 @@ def test_weights_have_all_ranks_outside_of_the_layers_forward():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_loaded_b_is_used(assign):
-    """Guards ranks that are left out although a loaded state gave them weights."""
+    """Guards layers that are left out although a loaded state gave them weights."""
     model = lora_bert()
     mask = mask_for(model)
     loaded = copy.deepcopy(model)
@@ -125,18 +120,38 @@ def test_a_loaded_b_is_used(assign):
     apply_mask(model, mask)
     model.load_state_dict(loaded.state_dict(), assign=assign)
     batch = pad(examples_for(model, 2))
-    assert widths(model, batch) == dict.fromkeys(LIVE, 4)
+    assert called(model, batch) == {*TARGETS}
     torch.testing.assert_close(model(**batch).logits, loaded(**batch).logits)
 
 
-def test_zero_ranks_of_a_trained_b_are_used():
+def test_a_zero_b_that_is_trained_is_used():
     """Guards the start of training, when all of B is zero and its entries have to learn."""
     model = lora_bert()
-    apply_mask(model, mask_for(model, dict.fromkeys(LIVE, 4)))
-    assert widths(model, pad(examples_for(model, 2))) == dict.fromkeys(LIVE, 4)
+    apply_mask(model, mask_for(model, idle=None))
+    assert called(model, pad(examples_for(model, 2))) == {*TARGETS}
 
 
-def test_variants_keep_all_ranks():
+def test_a_trained_a_keeps_its_gradient():
+    """Guards engines that wait for the gradient of every parameter: it is zero, and it is there."""
+    model = lora_bert()
+    mask = {n: bits if ".lora_A." in n else bits & False for n, bits in mask_for(model).items()}
+    apply_mask(model, mask)
+    model(**pad(examples_for(model, 2))).loss.backward()
+    (values,) = masked_parameters(model)
+    assert values.grad is not None and not values.grad.any()
+
+
+def test_an_untrained_b_that_is_not_zero_is_used():
+    """Guards an adapter that was trained before and contributes though nothing of it is now."""
+    model = lora_bert(init_lora_weights=False)
+    twin = copy.deepcopy(model)
+    apply_mask(model, mask_for(model))
+    batch = pad(examples_for(model, 2))
+    assert called(model, batch) == {*TARGETS}
+    torch.testing.assert_close(model(**batch).logits, twin(**batch).logits)
+
+
+def test_variants_are_used():
     """Guards DoRA, whose magnitude acts through a B that is zero."""
     model = lora_bert(use_dora=True)
     mask = mask_for(model)
@@ -148,8 +163,8 @@ def test_variants_keep_all_ranks():
     assert steps(model) == pytest.approx(steps(twin, mask), abs=1e-6)
 
 
-def test_bias_of_a_layer_without_ranks_is_used():
-    """Guards the bias of B, which contributes where no rank does."""
+def test_a_bias_of_b_is_used():
+    """Guards the bias of B, which contributes where its weight does not."""
     model = lora_bert(lora_bias=True)
     mask = mask_for(model)
     for name in mask:
@@ -157,15 +172,14 @@ def test_bias_of_a_layer_without_ranks_is_used():
             mask[name][:] = True
     twin = copy.deepcopy(model)
     apply_mask(model, mask)
-    assert widths(model, pad(examples_for(model, 2)))["query"] == 0
     assert steps(model) == pytest.approx(steps(twin, mask), abs=1e-6)
 
 
-def test_only_the_masked_adapter_is_narrowed():
+def test_only_the_masked_adapter_is_left_out():
     """Guards a second adapter in the same layers."""
     model = lora_bert()
     mask = mask_for(model)
-    model.add_adapter("other", LoraConfig(r=3, target_modules=[*LIVE], init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
     apply_mask(model, mask)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     batch = pad(examples_for(model, 2))
@@ -188,10 +202,10 @@ def test_copies_and_removal(way):
     if way == "copy":
         twin = copy.deepcopy(model)
         steps(twin)
-        assert widths(twin, batch) == {"query": None, "key": 2, "value": 4}
+        assert called(twin, batch) == {"key", "value"}
         assert not torch.allclose(model(**batch).logits, twin(**batch).logits)
     else:
-        assert widths(remove_mask(model), batch) == dict.fromkeys(LIVE, 4)
+        assert called(remove_mask(model), batch) == {*TARGETS}
 
 
 def test_compiled_model_has_no_graph_more():
