@@ -326,7 +326,8 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, mode in modes.items():
-                module.training = mode
+                if module.training != mode:
+                    module.training = mode
             random.setstate(states[0])
             np.random.set_state(states[1])
 

@@ -28,7 +28,7 @@ class NoRuleError(Exception):
 
 def _tokens(tensor: Tensor) -> Tensor:
     """Folds all positions of an example into one axis: (b, ..., d) -> (b, t, d)."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 def _linear_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -242,69 +242,83 @@ class PerExampleGradients:
             # With the outputs nearest to the input as targets, autograd passes through all
             # others and computes no weight gradient.
             targets = self._roots if self._roots_suffice else [*self._parameters.values()]
-            torch.autograd.grad(total, targets, retain_graph=retain_graph, allow_unused=True)
-            self._flush()
+            self._backward(total, targets, retain_graph)
             return
         self._roots_suffice = _leaves(total) <= {id(p) for p in self._parameters.values()}
         self._totals = zeros_for(self._parameters)
-        gradients = torch.autograd.grad(
-            total, [*self._parameters.values()], retain_graph=retain_graph, allow_unused=True
-        )
-        self._flush()
+        gradients = self._backward(total, [*self._parameters.values()], retain_graph)
         try:
-            for (name, weight), gradient in zip(self._parameters.items(), gradients, strict=True):
-                self._compare(name, self._totals[name], weight, gradient)
+            self._compare(self._totals, gradients)
         except NoRuleError:
             for wrong in self.sums.values():
                 wrong.zero_()
             raise
         self._totals, self._checked = None, True
 
+    @torch.no_grad()
+    def _backward(
+        self, total: Tensor, targets: list[Any], retain_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Autograd's gradients, while the hooks collect the factors of those of each example."""
+        with torch.autocast(total.device.type, enabled=False):
+            gradients = torch.autograd.grad(
+                total, targets, retain_graph=retain_graph, allow_unused=True
+            )
+            self._flush()
+        return gradients
+
     def _flush(self) -> None:
         """Takes the parameters some of whose uses the loss does not depend on."""
         for name in [name for name, uses in self._arrived.items() if uses]:
             self._accumulate(name)
 
-    def _compare(
-        self, name: str, total: Tensor, parameter: Tensor, gradient: Tensor | None
-    ) -> None:
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        # Half precision may also come from autocast, over float32 parameters.
-        kind = parameter.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else parameter.dtype
-        eps = torch.finfo(dtype).eps
-        # Gradients may cancel between the examples (hence their own scale) and between tokens,
-        # down to rounding errors of the factors (a key's bias in attention).
-        scale = gradient.norm() + self.sums[name].sum() ** (1 / self._power)
-        allowed = max(1e-3, 8 * eps) * scale + 16 * eps * self._magnitudes.get(name, 0)
-        if (total - gradient).norm() > allowed:
-            raise NoRuleError(f"the gradient of {name} is not the one its module's inputs give")
+    @torch.no_grad()
+    def _compare(self, totals: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]) -> None:
+        excess = {}
+        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
+            gradient = torch.zeros_like(parameter) if gradient is None else gradient
+            # Half precision may also come from autocast, over float32 parameters.
+            kind = parameter.device.type
+            autocast = torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if autocast else parameter.dtype
+            eps = torch.finfo(dtype).eps
+            # Gradients may cancel between the examples (hence their own scale) and between tokens,
+            # down to rounding errors of the factors (a key's bias in attention).
+            scale = gradient.norm() + self.sums[name].sum() ** (1 / self._power)
+            allowed = max(1e-3, 8 * eps) * scale + 16 * eps * self._magnitudes.get(name, 0)
+            excess[name] = (totals[name] - gradient).norm() - allowed
+        # Looked at together: on an accelerator each look would wait for the device.
+        device = next(iter(self.sums.values())).device
+        together = torch.stack([beyond.to(device, torch.float32) for beyond in excess.values()])
+        for name, beyond in zip(excess, together.tolist(), strict=True):
+            if beyond > 0:
+                raise NoRuleError(f"the gradient of {name} is not the one its module's inputs give")
 
     def _accumulate(self, name: str) -> None:
         uses = self._arrived.pop(name)
         sums = self.sums[name]
         totals = None if self._totals is None else self._totals[name]
-        with torch.no_grad(), torch.autocast(sums.device.type, enabled=False):
-            factors = [(use.module, rule, *_cast(use, sums)) for use, rule in uses]
+        factors = [(use.module, rule, *_cast(use, sums)) for use, rule in uses]
+        if totals is not None:
+            self._magnitudes[name] = sum(
+                (g.norm() * (_norm(x) + g.numel() ** 0.5) for _, _, x, g in factors),
+                start=sums.new_zeros(()),
+            )
+        if all(rule is _embedding_weight for _, rule, _, _ in factors):
+            self._accumulate_rows(factors, sums, totals)
+            return
+        batch = len(factors[0][2])
+        step = max(1, CHUNK_ENTRIES // sums.numel())
+        for start in range(0, batch, step):
+            part = slice(start, start + step)
+            gradients = None
+            for module, rule, x, g in factors:
+                of_use = rule(module, x[part], g[part]) if step < batch else rule(module, x, g)
+                gradients = of_use if gradients is None else gradients + of_use
+            assert gradients is not None
             if totals is not None:
-                self._magnitudes[name] = sum(
-                    (g.norm() * (_norm(x) + g.numel() ** 0.5) for _, _, x, g in factors),
-                    start=sums.new_zeros(()),
-                )
-            rules = {rule for _, rule, _, _ in factors}
-            if rules == {_embedding_weight}:
-                self._accumulate_rows(factors, sums, totals)
-                return
-            batch = len(factors[0][2])
-            step = max(1, CHUNK_ENTRIES // sums.numel())
-            for start in range(0, batch, step):
-                part = slice(start, start + step)
-                gradients = sum(rule(m, x[part], g[part]) for m, rule, x, g in factors)
-                assert isinstance(gradients, Tensor)
-                if totals is not None:
-                    totals += gradients.sum(0)
-                sums += self._raised(gradients).sum(0)
+                totals += gradients.sum(0)
+            sums += self._raised(gradients).sum(0)
 
     def _accumulate_rows(
         self, factors: list[tuple[nn.Module, Rule, Tensor, Tensor]], sums: Tensor, totals: Any
