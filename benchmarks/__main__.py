@@ -98,5 +98,8 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

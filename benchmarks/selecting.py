@@ -70,4 +70,5 @@ def application(setting: Setting) -> Iterator[Row]:
         times,
         at_most=1,
         unit=" s",
+        rest="finding the selected positions and copying the adapter into flat storage",
     )

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ Batch = Mapping[str, Any] | Sequence[Any]
 """A mapping of forward arguments and labels, or a sequence whose first item is the input."""
 
 LABELS = "labels"
+
+IGNORED = -100
+"""The label of positions that are not part of the likelihood."""
 
 
 def batch_size(batch: Batch) -> int:
@@ -30,19 +33,89 @@ def batch_size(batch: Batch) -> int:
     raise ValueError(f"no tensor in a calibration batch: {_describe(batch)}")
 
 
-def take(batch: Batch, start: int, stop: int) -> Batch:
-    """The examples from start to stop of everything that has one entry an example."""
+def take(batch: Batch, rows: slice | Sequence[int]) -> Batch:
+    """The examples in these rows, of everything that has one entry an example."""
     size = batch_size(batch)
 
     def part(value: Any) -> Any:
-        by_example = isinstance(value, list | tuple) or (
-            isinstance(value, Tensor) and value.dim() > 0
-        )
-        return value[start:stop] if by_example and len(value) == size else value
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
+            return value[rows]
+        if isinstance(value, list | tuple) and len(value) == size:
+            return value[rows] if isinstance(rows, slice) else [value[row] for row in rows]
+        return value
 
     if isinstance(batch, Mapping):
         return {key: part(value) for key, value in batch.items()}
     return [part(value) for value in batch]
+
+
+def parts_by_length(
+    batch: Batch, numbers: Sequence[int], size: int
+) -> Iterator[tuple[Batch, Sequence[int]]]:
+    """Parts of a padded batch, of examples of similar length: most need less padding.
+
+    Args:
+        batch: A batch; one whose padding cannot be cut (see `without_padding`) is its only part.
+        numbers: The number of each example, in the batch's order.
+        size: The most examples of a part.
+
+    Returns:
+        Each part with the numbers of its examples.
+    """
+    lengths = _lengths(batch)
+    if lengths is None:
+        yield batch, numbers
+        return
+    rows = sorted(range(len(numbers)), key=lengths.__getitem__)
+    for start in range(0, len(rows), size):
+        of_part = rows[start : start + size]
+        yield take(batch, of_part), [numbers[row] for row in of_part]
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The batch as wide as its longest example.
+
+    It stays as it is without padding on the right, and where there is an entry for each token that
+    is not known to mean nothing there.
+    """
+    lengths = _lengths(batch)
+    if lengths is None:
+        return batch
+    assert isinstance(batch, Mapping)
+    shape = batch["attention_mask"].shape
+    return {
+        key: value[:, : max(lengths)] if _begins(value, shape) else value
+        for key, value in batch.items()
+    }
+
+
+# What has one entry a token beside the attention mask. An unknown key may have as many columns by
+# chance, or entries that matter where the mask is 0.
+_BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+
+
+def _lengths(batch: Batch) -> list[int] | None:
+    """Tokens of each example of a batch that is padded on the right and can be cut."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping) or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if not all(
+        isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1] for value in batch.values()
+    ):
+        return None
+    real = mask != 0
+    wide = {key for key, value in batch.items() if _begins(value, mask.shape)}
+    labels = batch.get(LABELS)
+    if LABELS in wide and bool(((labels != IGNORED) & ~real).any()):
+        return None
+    if not wide <= _BY_TOKEN | {LABELS} or bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return None
+    lengths: list[int] = real.sum(1).tolist()
+    return lengths if 0 < min(lengths) < mask.shape[1] else None
+
+
+def _begins(value: Any, shape: Sequence[int]) -> bool:
+    return isinstance(value, Tensor) and value.shape[:2] == shape
 
 
 def _describe(batch: Batch) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fish_tuning.batches import Batch, Forward, batch_size, take
+from fish_tuning.batches import Batch, Forward, batch_size, parts_by_length, take
 from fish_tuning.distributed import Processes, unwrapped
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction, Objective
@@ -21,6 +21,10 @@ from fish_tuning.selection import LORA_SIDE
 logger = logging.getLogger(__name__)
 
 Statistic = Literal["squared", "absolute"]
+
+CPU_PART = 8
+"""Examples of a padded batch that a processor scores at a time: it takes as long as there are
+tokens, where an accelerator takes as long as there are kernels."""
 
 
 def calculate_fisher_information(
@@ -118,6 +122,7 @@ def calculate_fisher_information(
     )
     scorer: _OnePass | _OneByOne | None = None
     count = 0
+    on_cpu = next(iter(parameters.values())).device.type == "cpu"
     processes = Processes(parameters)
     bar = tqdm(
         total=num_samples,
@@ -131,16 +136,21 @@ def calculate_fisher_information(
             size = batch_size(batch)
             if num_samples is not None and count + size > num_samples:
                 size = num_samples - count
-                batch = take(batch, 0, size)
+                batch = take(batch, slice(size))
             if scorer is None and objective.has_label(batch):
                 scorer = _scorer_for(model, parameters, objective, batch)
             if scorer is not None and own:
-                try:
-                    scorer.add(batch, count)
-                except NoRuleError as reason:
-                    # Raised before anything of this batch is in the sums.
-                    scorer = _one_by_one(parameters, objective, reason, scorer.sums)
-                    scorer.add(batch, count)
+                numbers = range(count, count + size)
+                parts: Iterable[tuple[Batch, Sequence[int]]] = [(batch, numbers)]
+                if loss_fn is None and on_cpu:
+                    parts = parts_by_length(batch, numbers, CPU_PART)
+                for part, of_part in parts:
+                    try:
+                        scorer.add(part, of_part)
+                    except NoRuleError as reason:
+                        # Raised before anything of this part is in the sums.
+                        scorer = _one_by_one(parameters, objective, reason, scorer.sums)
+                        scorer.add(part, of_part)
             count += size
             bar.update(size)
             if count == num_samples:
@@ -243,9 +253,9 @@ class _OnePass:
         self.gradients, self.objective = gradients, objective
         self.sums = gradients.sums
 
-    def add(self, batch: Batch, first: int) -> None:
+    def add(self, batch: Batch, numbers: Sequence[int]) -> None:
         with self.gradients.watching(batch_size(batch)):
-            losses = self.objective(batch, first)
+            losses = self.objective(batch, numbers)
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
                 self.gradients.backward(loss, retain_graph=left > 0)
 
@@ -262,9 +272,9 @@ class _OneByOne:
         self.parameters, self.objective = parameters, objective
         self.sums = zeros_for(parameters) if sums is None else sums
 
-    def add(self, batch: Batch, first: int) -> None:
-        for i in range(batch_size(batch)):
-            losses = self.objective(take(batch, i, i + 1), first + i)
+    def add(self, batch: Batch, numbers: Sequence[int]) -> None:
+        for i, number in enumerate(numbers):
+            losses = self.objective(take(batch, slice(i, i + 1)), [number])
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
                 gradients = torch.autograd.grad(
                     loss.sum(),

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""The label of positions that are not part of the likelihood."""
+from fish_tuning.batches import IGNORED
 
 TokenReduction = Literal["mean", "sum"]
 

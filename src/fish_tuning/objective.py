@@ -1,6 +1,6 @@
 """The losses whose gradients are scored: from a batch to one value an example."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fish_tuning.batches import LABELS, Batch, Forward, batch_size, take
+from fish_tuning.batches import IGNORED, LABELS, Batch, Forward, batch_size, take, without_padding
 from fish_tuning.likelihood import (
-    IGNORED,
     LIKELIHOODS,
     Likelihood,
     Regression,
@@ -79,7 +78,7 @@ class Objective:
             ValueError: No loss can be made of the outputs and the batch.
         """
         position = _best_labelled(batch)
-        one = take(batch, position, position + 1)
+        one = take(batch, slice(position, position + 1))
         outputs = self.forward(one, with_labels=self._loss_fn is None)
         if self._loss_fn is not None:
             return
@@ -93,7 +92,7 @@ class Objective:
                 "or pass a loss_fn(outputs, batch)"
             )
         if own is not None:
-            _check_finite(own.reshape(1), position)
+            _check_finite(own.reshape(1), [position])
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
             self._likelihood = _matching(logits, labels, own, self._reduction)
         if self._likelihood is None:
@@ -111,20 +110,20 @@ class Objective:
                 "estimator='empirical' and token_reduction='mean', or pass a loss_fn"
             )
 
-    def __call__(self, batch: Batch, first: int) -> list[Tensor]:
-        """The losses of a batch whose first example is number `first` of the calibration set.
+    def __call__(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
+        """The losses of a batch whose examples have these numbers in the calibration set.
 
         Raises:
             ValueError: A loss is not finite or does not depend on any trainable parameter.
         """
-        losses = self._losses(batch, first)
+        losses = self._losses(batch, numbers)
         for loss in losses:
-            _check_finite(loss, first)
+            _check_finite(loss, numbers)
             if not loss.requires_grad:
                 raise ValueError("the loss does not depend on any trainable parameter")
         return losses
 
-    def _losses(self, batch: Batch, first: int) -> list[Tensor]:
+    def _losses(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
         size = batch_size(batch)
         if self._loss_fn is not None:
             loss = self._loss_fn(self.forward(batch, with_labels=False), batch)
@@ -134,6 +133,7 @@ class Objective:
                     f"shape ({size},), is needed (reduction='none')"
                 )
             return [loss]
+        batch = without_padding(batch)
         if self._likelihood is None:
             return [_field(self.forward(batch, with_labels=True), "loss").reshape(1)]
         logits = _field(self.forward(batch, with_labels=False), "logits")
@@ -149,7 +149,7 @@ class Objective:
         draws = self._label_samples or 1
         losses = []
         for draw in range(draws):
-            generators = [generator_of(self._seed, first + i, draw) for i in range(size)]
+            generators = [generator_of(self._seed, number, draw) for number in numbers]
             drawn = self._likelihood.draw(logits, labels, generators)
             losses.append(draws ** (-1 / self.power) * self._likelihood.losses(logits, drawn))
         return losses
@@ -235,12 +235,12 @@ def _shape(value: Any) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_finite(losses: Tensor, first: int) -> None:
+def _check_finite(losses: Tensor, numbers: Sequence[int]) -> None:
     losses = losses.detach()
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"the loss of calibration example {first + i} is {float(losses[i])}: look at its "
+            f"the loss of calibration example {numbers[i]} is {float(losses[i])}: look at its "
             "inputs and labels, and at the model's weights (half precision overflows easily)"
         )

@@ -1,0 +1,48 @@
+"""Every case runs, on models so small that it takes seconds."""
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import CASES, app
+from benchmarks.setting import Setting
+from benchmarks.table import Results
+
+SLOW = {"compiling", "step_with_default_malloc"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
+)
+def test_cases_run(case):
+    """Guards a case that only fails after ten minutes, or on an accelerator."""
+    rows = list(CASES[case](Setting(tiny=True)))
+    assert rows
+    for row in rows:
+        assert row.ratio.low <= row.ratio.median <= row.ratio.high
+        assert row.rest or row.at_most is None or row.ratio.low == row.ratio.high
+
+
+def test_part_of_the_suite(tmp_path):
+    """Guards the command: its files, and what a second run says of the first."""
+    output = str(tmp_path / "part.json")
+    command = ["--tiny", "--only", "application", "--output", output]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert len(Results.load(tmp_path / "part.json").rows) == 1
+    second = CliRunner().invoke(app, command)
+    assert "of 1 figures" in second.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "choose of time_of_scoring"),
+        (["--tiny"], "give it an --output"),
+        (["--only", "top_k"], "give it an --output"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    """Guards a part of the suite that overwrites the published results."""
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in result.output
