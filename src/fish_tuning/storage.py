@@ -65,7 +65,7 @@ class _WriteValues(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.group = group
         group.write()
-        return tuple(group.view(tensor) for tensor in group.tensors)
+        return tuple(tensor.resting.detach() for tensor in group.tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
@@ -109,6 +109,11 @@ class Group(nn.Module):
     def views(self) -> tuple[Tensor, ...]:
         """All tensors, up to date, through which gradients reach the values."""
         views: tuple[Tensor, ...] = _WriteValues.apply(self.values, self)  # type: ignore[no-untyped-call]
+        # Autograd takes the node that was made last first: this one would have its turn when the
+        # backward pass is over, and all dense gradients would wait for it.
+        node: Any = None if torch.compiler.is_compiling() else views[0].grad_fn
+        if hasattr(node, "_set_sequence_nr"):
+            node._set_sequence_nr(2**63)
         return views
 
     @torch.no_grad()
