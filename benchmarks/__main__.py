@@ -19,7 +19,12 @@ from benchmarks.scoring import growth_of_scoring, memory_of_scoring, time_of_sco
 from benchmarks.selecting import application, top_k
 from benchmarks.setting import Setting
 from benchmarks.table import Results
-from benchmarks.training import growth_of_a_step, step_with_default_malloc, time_of_a_step
+from benchmarks.training import (
+    growth_of_a_step,
+    step_with_default_malloc,
+    time_of_a_step,
+    time_of_peers,
+)
 from benchmarks.training_memory import memory_of_training, optimizer_state
 from fish_tuning.experiments.environment import commit, hardware, versions
 
@@ -30,6 +35,7 @@ CASES = {
         memory_of_scoring,
         growth_of_scoring,
         time_of_a_step,
+        time_of_peers,
         step_with_default_malloc,
         growth_of_a_step,
         memory_of_training,

@@ -18,7 +18,8 @@ def mask_gradients(model: nn.Module, mask: Mapping[str, Tensor]) -> None:
         model: The model with its adapter on it.
         mask: Parameter name to boolean tensor.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if name in mask:
             ones = mask[name].to(parameter.device, parameter.dtype)
+            model.register_buffer(f"mask_of_{name.replace('.', '_')}", ones, persistent=False)
             parameter.register_hook(lambda gradient, ones=ones: gradient * ones)

@@ -37,7 +37,7 @@ HOOKS = "gradient hooks, float masks, dense AdamW"
 
 
 def ways(shape: Shape, rank: int) -> dict[str, Way]:
-    """All contenders; all but dense LoRA of the full rank train the same number of values."""
+    """LoRA and maskings of it; all but those of the full rank train the same number of values."""
 
     def with_hooks(device: str) -> nn.Module:
         return hooked(shape, rank, device, half_mask(lora(shape, rank, "meta")))
@@ -49,7 +49,6 @@ def ways(shape: Shape, rank: int) -> dict[str, Way]:
         DEFAULT: partial(fish, shape, rank),
         PUBLISHED: partial(fish, shape, rank, scoring_point="start", scope="global"),
         UPPER: partial(fish_upper_layers, shape, rank),
-        **peers(shape, rank // 2),
     }
 
 
@@ -61,27 +60,42 @@ def half_mask(model: nn.Module, keep_ratio: float | None = None) -> dict[str, to
 
 
 def time_of_a_step(setting: Setting) -> Iterator[Row]:
-    """A step of all contenders."""
+    """A step beside LoRA and gradient hooks."""
     for shape in setting.shapes:
-        rounds, counts = take_steps(setting, shape, ways(shape, setting.rank))
-        size, tokens = batch_for(setting, shape)["input_ids"].shape
-        case = f"training step, {shape.name}, batch {size} x {tokens}"
-        yield from _step_rows(case, rounds, counts, setting.rank)
+        rounds, _ = take_steps(setting, shape, ways(shape, setting.rank), 31)
+        yield from _step_rows(_case(setting, shape), rounds, setting.rank)
+
+
+def time_of_peers(setting: Setting) -> Iterator[Row]:
+    """A step beside PEFT's other methods."""
+    for shape in setting.shapes:
+        rank = setting.rank
+        own = {DEFAULT: ways(shape, rank)[DEFAULT]}
+        rounds, counts = take_steps(setting, shape, own | peers(shape, rank // 2), 11)
+        ours = counts.pop(DEFAULT)
+        for name, count in counts.items():
+            row = timed(_case(setting, shape), rounds, DEFAULT, name)
+            yield replace(row, against=f"{name}, {count:,} values to {ours:,}")
+
+
+def _case(setting: Setting, shape: Shape) -> str:
+    size, tokens = batch_for(setting, shape)["input_ids"].shape
+    return f"training step, {shape.name}, batch {size} x {tokens}"
 
 
 def take_steps(
-    setting: Setting, shape: Shape, ways: Mapping[str, Way]
+    setting: Setting, shape: Shape, ways: Mapping[str, Way], rounds: int = 21
 ) -> tuple[Rounds, dict[str, int]]:
     """Times of steps, and the number of trained values of each contender."""
     batch = batch_for(setting, shape)
     contenders = {name: Contender.of(way(setting.device)) for name, way in ways.items()}
-    rounds = take_turns(
+    taken = take_turns(
         {name: partial(each.step, batch) for name, each in contenders.items()},
-        setting.rounds(21 if shape is MINILM else 11),
+        setting.rounds(rounds),
         setting.device,
         warmup=2,
     )
-    return rounds, {name: each.num_trainable for name, each in contenders.items()}
+    return taken, {name: each.num_trainable for name, each in contenders.items()}
 
 
 def batch_for(setting: Setting, shape: Shape) -> Batch:
@@ -93,7 +107,7 @@ def batch_for(setting: Setting, shape: Shape) -> Batch:
     return batch_of(8 if shape is TINYLLAMA else 32, 128, setting.device)
 
 
-def _step_rows(case: str, rounds: Rounds, counts: dict[str, int], rank: int) -> Iterator[Row]:
+def _step_rows(case: str, rounds: Rounds, rank: int) -> Iterator[Row]:
     full, half = f"LoRA r={rank}", f"LoRA r={rank // 2}"
     yield timed(
         case,
@@ -122,10 +136,6 @@ def _step_rows(case: str, rounds: Rounds, counts: dict[str, int], rank: int) -> 
         rest="the forward pass of the lower layers, which nothing can leave out",
     )
     yield timed(case, rounds, DEFAULT, HOOKS, at_most=1, rest="the model's own passes")
-    for name, count in counts.items():
-        if name not in (full, half, HOOKS, DEFAULT, PUBLISHED, UPPER):
-            row = timed(case, rounds, DEFAULT, name)
-            yield replace(row, against=f"{name}, {count:,} values to {counts[DEFAULT]:,}")
 
 
 def step_with_default_malloc(setting: Setting) -> Iterator[Row]:

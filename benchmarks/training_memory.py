@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
-from benchmarks.contenders import Contender, Way
+from benchmarks.contenders import Contender, Way, peers
 from benchmarks.measure import peak_memory
 from benchmarks.setting import Setting
 from benchmarks.shapes import Batch, batch_of
@@ -26,7 +26,7 @@ def memory_of_training(setting: Setting) -> Iterator[Row]:
     half = f"LoRA r={rank // 2}"
     peaks = {
         name: peak_of_training(way, batch, setting.device)
-        for name, way in ways(shape, rank).items()
+        for name, way in (ways(shape, rank) | peers(shape, rank // 2)).items()
     }
     size, tokens = batch["input_ids"].shape
     for name, peak in peaks.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.base_weights import masked
-from benchmarks.contenders import HEAD, Contender, half_of, hooked, lora, trainable
+from benchmarks.contenders import HEAD, Contender, half_of, hooked, lora, peers, trainable
 from benchmarks.scoring import naive_scores
 from benchmarks.shapes import TINY, batch_of, sentences
 from benchmarks.training import DEFAULT, HOOKS, PUBLISHED, UPPER, half_mask, ways
@@ -18,7 +18,7 @@ RANK = 4
 
 def test_equal_numbers_of_trained_values():
     """Guards a comparison in which one side trains more."""
-    counts, built = {}, ways(TINY, RANK)
+    counts, built = {}, ways(TINY, RANK) | peers(TINY, RANK // 2)
     for name, way in built.items():
         contender = Contender.of(way("cpu"))
         counts[name] = contender.num_trainable
