@@ -25,12 +25,11 @@ from fish_tuning import (
     create_mask_from_fisher,
     load_packed,
     pack,
-    packed_file,
-    packing,
     random_scores,
     unpack,
 )
-from fish_tuning.packed_file import FORMAT
+from fish_tuning.packing import folders, packed_file
+from fish_tuning.packing.packed_file import FORMAT
 
 from .models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -120,7 +119,7 @@ def test_adapter_from_its_seed(base, tmp_path, caplog, settings, stored):
     assert report.left_out == ("training_args.bin",)
     assert report.entries["seed"] > 0 and report.entries["start"] == 0
     assert report.entries["selected"] == FishMask.from_pretrained(folder).num_trainable
-    kept = [record.getMessage() for record in caplog.records if record.name == packing.__name__]
+    kept = [record.getMessage() for record in caplog.records if record.name == folders.__name__]
     assert len(kept) == len(stored) and all(map(str.__contains__, kept, stored))
 
 
@@ -649,12 +648,12 @@ def test_a_seed_that_draws_other_numbers(adapter, base, tmp_path, monkeypatch):
         unpack(file, tmp_path / "again", base_model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="cannot be built on its base model"):
         unpack(file, tmp_path / "again", base_model=tiny_gpt2())
-    draw = packing.draw_start
+    draw = folders.draw_start
 
     def other(*arguments):
         return {name: tensor + 2**-20 for name, tensor in draw(*arguments).items()}
 
-    monkeypatch.setattr(packing, "draw_start", other)
+    monkeypatch.setattr(folders, "draw_start", other)
     with pytest.raises(ValueError, match=r"seed 3 draws: .* do not have the sha256 recorded"):
         unpack(file, tmp_path / "again")
     assert listing(tmp_path) == before

@@ -9,7 +9,7 @@ import weakref
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -1067,3 +1067,34 @@ def test_remove_mask_of_a_compiled_model():
     assert get_mask(model) is None
     assert "save_pretrained" not in vars(model)
     assert fingerprint(model)[2:4] == fingerprint(twin)[2:4]
+
+
+def test_dense_gradients_do_not_wait_for_the_end_of_the_backward_pass(monkeypatch):
+    """Guards a model's own weights, of which all dense gradients would be alive at once."""
+    monkeypatch.setattr(storage, "GROUP_ENTRIES", 1)
+    layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+    apply_mask(layers, random_mask(layers, dense=None))
+    events = []
+    for i, values in enumerate(masked_parameters(layers)):
+        values.register_post_accumulate_grad_hook(lambda _, i=i: events.append(("values", i)))
+    for i, layer in enumerate(layers):
+        layer.register_full_backward_hook(lambda *_, i=i: events.append(("layer", i)))
+    layers(torch.ones(2, 4, requires_grad=True)).sum().backward()
+    for i in range(1, 4):
+        assert events.index(("values", i)) < events.index(("layer", i - 1))
+
+
+def test_adalora_is_refused():
+    """Guards frozen entries against an adapter that rewrites them itself."""
+    model = get_peft_model(
+        tiny_bert(),
+        AdaLoraConfig(
+            task_type="SEQ_CLS", init_r=4, target_r=2, total_step=9, target_modules=["query"]
+        ),
+    )
+    names = list(trainable(model))
+    with pytest.raises(ValueError, match="AdaLoRA moves its budget .* without a mask"):
+        apply_mask(model, random_mask(model))
+    assert list(trainable(model)) == names
+    head = {name: bits for name, bits in random_mask(model, dense=None).items() if HEAD in name}
+    assert get_mask(apply_mask(model, head)) == FishMask(head)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import chain
 
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from fish_tuning.distributed import check_equal, check_maskable
@@ -36,8 +37,9 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: The model has a mask already; the mask is of another model (unknown names,
-            other shapes); it selects entries of a frozen parameter, or nothing at all; an engine
-            wraps the model already, or the processes hold different tensors or masks. The model
+            other shapes); it selects entries of a frozen parameter, or nothing at all; the adapter
+            is AdaLoRA's, which moves entries itself; an engine wraps the model already, or the
+            processes hold different tensors or masks. The model
             is unchanged.
     """
     check_maskable(model)
@@ -51,6 +53,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     _check_fits(parameters, mask)
+    _check_stays(model, mask)
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, Holder(model, parameters, mask))
@@ -121,6 +124,15 @@ def _check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
         raise ValueError(
             f"the mask selects entries of {len(frozen)} frozen parameters: {_some(frozen)}. Set "
             "requires_grad on them first (PeftModel.from_pretrained takes is_trainable=True)"
+        )
+
+
+def _check_stays(model: nn.Module, mask: FishMask) -> None:
+    adaptive = [path for path, m in model.named_modules() if isinstance(m, AdaLoraLayer)]
+    if any(name.startswith(f"{path}.lora_") for path in adaptive for name in mask):
+        raise ValueError(
+            "AdaLoRA moves its budget between ranks while it trains and so rewrites what a mask "
+            "keeps frozen: mask a LoRA adapter, or train AdaLoRA without a mask"
         )
 
 

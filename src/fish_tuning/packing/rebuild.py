@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fish_tuning.mask import JSON_FILE, FishMask
-from fish_tuning.packed_file import (
+from fish_tuning.packing.packed_file import (
     PackedFile,
     Rounding,
     Slot,
@@ -23,7 +23,7 @@ from fish_tuning.packed_file import (
     join_safetensors,
     num_bytes,
 )
-from fish_tuning.start import VERSIONED
+from fish_tuning.packing.start import VERSIONED
 
 FROM_OUTSIDE: tuple[Source, ...] = ("seed", "start")
 """The sources of frozen entries that a packed file does not hold."""

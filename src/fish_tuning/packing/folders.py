@@ -1,4 +1,4 @@
-"""Small files: the k trained values, a bit mask, and how to rebuild the frozen entries."""
+"""From the folder of a saved adapter or model to a packed file, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fish_tuning.atomic import write_atomically, write_new_folder_atomically
 from fish_tuning.mask import BITS_FILE, JSON_FILE, FishMask
-from fish_tuning.packed_file import (
+from fish_tuning.packing.packed_file import (
     Bytes,
     PackedFile,
     Plan,
@@ -36,8 +36,8 @@ from fish_tuning.packed_file import (
     layout,
     split_safetensors,
 )
-from fish_tuning.rebuild import check_shape, rebuild, selected_entries, words_of
-from fish_tuning.start import VERSIONED, draw_start, read_start
+from fish_tuning.packing.rebuild import check_shape, rebuild, selected_entries, words_of
+from fish_tuning.packing.start import VERSIONED, draw_start, read_start
 
 logger = logging.getLogger(__name__)
 
