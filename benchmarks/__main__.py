@@ -18,7 +18,7 @@ from benchmarks.compiling import compiling
 from benchmarks.scoring import growth_of_scoring, memory_of_scoring, time_of_scoring
 from benchmarks.selecting import application, top_k
 from benchmarks.setting import Setting
-from benchmarks.table import Results
+from benchmarks.table import BETWEEN_RUNS, Results
 from benchmarks.training import (
     growth_of_a_step,
     step_with_default_malloc,
@@ -83,8 +83,8 @@ def main(
     if path.is_file():
         apart = results.agreement(Results.load(path))
         console.print(
-            f"{len(results.rows) - len(apart)} of {len(results.rows)} figures lie in the spread "
-            "of the run before"
+            f"{len(results.rows) - len(apart)} of {len(results.rows)} figures agree with the run "
+            f"before: they lie in its spread, or at most {BETWEEN_RUNS:.0%} beyond it"
         )
         for line in apart:
             console.print(line, markup=False, highlight=False, soft_wrap=True)

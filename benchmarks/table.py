@@ -10,6 +10,10 @@ from typing import Any
 
 from benchmarks.measure import HIGH, LOW, Rounds, Spread
 
+BETWEEN_RUNS = 0.05
+"""By how much of itself a median may lie beyond the spread of another run: processes differ in
+ways that the rounds of one do not show, such as where their memory lies."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -130,7 +134,8 @@ class Results:
             f"{packages}. {place['threads']} threads.",
             "",
             f"Ratios are medians over rounds in which all contenders take turns; in brackets, "
-            f"where {HIGH - LOW:.0%} of the rounds lie. A figure without brackets is a count.",
+            f"where {HIGH - LOW:.0%} of the rounds lie. A figure without brackets is a count. "
+            f"Another run may lie {BETWEEN_RUNS:.0%} beyond the brackets.",
             "",
             *table(self.rows),
         ]
@@ -141,15 +146,19 @@ class Results:
         return "\n".join(lines) + "\n"
 
     def agreement(self, earlier: Results) -> list[str]:
-        """What differs from an earlier run by more than that run's spread, in words."""
+        """What lies more than BETWEEN_RUNS beyond the spread of an earlier run, in words."""
         before = {(row.case, row.against): row.ratio for row in earlier.rows}
         return [
             f"{row.case} against {row.against or 'nothing'}: {row.ratio.median:.3f} now, "
             f"{spread.low:.3f} to {spread.high:.3f} before"
             for row in self.rows
-            if (spread := before.get((row.case, row.against)))
-            and not spread.low <= row.ratio.median <= spread.high
+            if (spread := before.get((row.case, row.against))) and not _agrees(row.ratio, spread)
         ]
+
+
+def _agrees(spread: Spread, earlier: Spread) -> bool:
+    margin = BETWEEN_RUNS * abs(earlier.median)
+    return earlier.low - margin <= spread.median <= earlier.high + margin
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -70,6 +70,10 @@ class Holder(nn.Module):
         ours += [key for tensor in taken for key in tensor.keys]
         setattr(model, _DDP_IGNORES, [*self.ignored_before, *ours])
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: an `nn.Sequential` that is masked calls all of its modules."""
+        return x
+
     def _tensors(self) -> Iterator[MaskedTensor]:
         """The tensors with trained entries."""
         return chain.from_iterable(group.tensors for group in self.groups)

@@ -54,6 +54,7 @@ def test_files_and_agreement(tmp_path):
     text = (tmp_path / "deep" / "cpu.md").read_text(encoding="utf-8")
     assert "# Results on D" in text and "what it consists of" in text
     assert results.agreement(read) == []
+    assert Results(environment, [row(1.35, 1.3, 1.5, at_most=1)]).agreement(read) == []
     later = Results(environment, [row(1.4, 1.3, 1.5, at_most=1)])
     (apart,) = later.agreement(read)
     assert "1.400 now, 1.100 to 1.300 before" in apart
