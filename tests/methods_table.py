@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,8 @@ class Method:
     """Called with the base model and the config before the adapter is added."""
     after: Adapt | None = None
     """Called with the PEFT model and the config afterwards."""
+    wrapped: bool = True
+    """Whether the adapter is in a PeftModel, or added to the transformers model itself."""
     weights: str = ""
     """Of the model's own weights, those that are trained: a regular expression."""
 
@@ -184,6 +185,7 @@ METHODS = (
         tiny_llama,
     ),
     Method("LoRA, two adapters", "LORA", {"r": 4}, after=_second_adapter),
+    Method("LoRA, `model.add_adapter`", "LORA", {"r": 4}, wrapped=False),
     Method("rsLoRA", "LORA", {"r": 4, "use_rslora": True}),
     Method("DoRA", "LORA", {"r": 4, "use_dora": True}),
     Method("PiSSA start", "LORA", {"r": 4, "init_lora_weights": "pissa"}),
@@ -334,7 +336,10 @@ def _build(method: Method) -> Any:
     config = _config(method, base)
     if method.before is not None:
         method.before(base, config)
-    model = get_peft_model(base, config)
+    if method.wrapped:
+        model = get_peft_model(base, config)
+    else:
+        (model := base).add_adapter(config)
     if method.after is not None:
         method.after(model, config)
     with torch.no_grad():
@@ -395,15 +400,8 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
     outputs = output(model, batches[0])
     assert not torch.allclose(outputs, output(plain, batches[0]), atol=1e-4)
 
-    def load(path: Path) -> Any:
-        base = method.base()
-        loader = (
-            partial(PeftModel.from_pretrained, base) if method.kind else type(base).from_pretrained
-        )
-        return loader(path)
-
     for step, ours, of_peft in (
-        ("load", lambda: load(folder / "masked"), lambda: load(folder / "plain")),
+        ("load", lambda: load(method, folder / "masked"), lambda: load(method, folder / "plain")),
         ("merge", lambda: model.merge_and_unload(), lambda: plain.merge_and_unload()),
     ):
         if _gives(output(plain, batches[0]), of_peft, batches[0]):
@@ -411,6 +409,16 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
         else:
             found[step] = NONE
     return found
+
+
+def load(method: Method, folder: Path) -> Any:
+    base = method.base()
+    if not method.kind:
+        return type(base).from_pretrained(folder)
+    if method.wrapped:
+        return PeftModel.from_pretrained(base, folder)
+    base.load_adapter(folder)
+    return base
 
 
 def _gives(outputs: Tensor, of_peft: Callable[[], Any], batch: dict[str, Tensor]) -> bool:

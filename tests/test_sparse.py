@@ -1037,7 +1037,10 @@ def test_adalora_is_refused():
         ),
     )
     names = list(trainable(model))
-    with pytest.raises(ValueError, match=r"AdaLoRA moves its budget .* without a mask"):
+    outer = nn.Sequential(model)
+    with pytest.raises(ValueError, match="AdaLoRA"):
+        apply_mask(outer, random_mask(outer))
+    with pytest.raises(ValueError, match=r"AdaLoRA moves its own budget .* without a mask"):
         apply_mask(model, random_mask(model))
     assert list(trainable(model)) == names
     head = {name: bits for name, bits in random_mask(model, dense=None).items() if HEAD in name}

@@ -40,9 +40,9 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: The model has a mask already; the mask is of another model (unknown names,
             other shapes); it selects entries of a frozen parameter, or nothing at all; the adapter
-            is AdaLoRA's, which moves entries itself; an engine wraps the model already, or the
-            processes hold different tensors or masks. The model
-            is unchanged.
+            moves its own budget (AdaLoRA, AdaMSS with `use_asa`), or a tensor that is selected in
+            part has gradient hooks (CPT and OSF set some); an engine wraps the model already, or
+            the processes hold different tensors or masks. The model is unchanged.
     """
     check_maskable(model)
     if get_mask(model) is not None:
@@ -55,7 +55,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     _check_fits(parameters, mask)
-    _check_stays(model, parameters, mask)
+    _check_gradients_unused(model, parameters, mask)
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, Holder(model, parameters, mask))
@@ -129,19 +129,24 @@ def _check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
         )
 
 
-def _check_stays(model: nn.Module, parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
-    """Refuses what would move frozen entries, or lose what a dense tensor has."""
-    for adapter, config in getattr(model, "peft_config", {}).items():
-        allocates = config.peft_type == PeftType.ADALORA or getattr(config, "use_asa", False)
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-        own = re.compile(rf"\.{prefix}\w+\.{re.escape(adapter)}(\.|$)")
-        if allocates and any(own.search(name) for name in mask):
-            method = "AdaLoRA" if config.peft_type == PeftType.ADALORA else "AdaMSS with use_asa"
-            raise ValueError(
-                f"{method} moves its budget within the adapter while it trains, which a mask keeps "
-                "fixed: mask an adapter that does not (LoRA, AdaMSS without use_asa), or train "
-                "without a mask"
-            )
+def _check_gradients_unused(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], mask: FishMask
+) -> None:
+    """Refuses adapters and tensors that need their dense gradients for more than training."""
+    for path, module in model.named_modules():
+        configs = getattr(module, "peft_config", None)
+        for adapter, config in configs.items() if isinstance(configs, dict) else ():
+            adalora = config.peft_type == PeftType.ADALORA
+            if not adalora and not getattr(config, "use_asa", False):
+                continue
+            prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+            own = re.compile(rf"^{re.escape(path)}.*\.{prefix}\w+\.{re.escape(adapter)}(\.|$)")
+            if any(own.search(name) for name in mask):
+                raise ValueError(
+                    f"{'AdaLoRA' if adalora else 'AdaMSS with use_asa'} moves its own budget while "
+                    "it trains, which a mask keeps where it is: mask another adapter, or train "
+                    "this one without a mask"
+                )
     hooked = [
         name
         for name, bits in mask.items()
