@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PolyConfig, get_peft_model
 from torch import nn
 from transformers import BatchEncoding
 
@@ -264,4 +265,20 @@ def test_nothing_is_dropped_of_a_tokenizers_batch(caplog):
     model = with_lora(tiny_bert())
     batch = pad(examples_for(model, 3))
     Forward(model)({**batch, "token_type_ids": batch["attention_mask"]}, with_labels=False)
+    assert not caplog.records
+
+
+def test_peft_keeps_task_ids_for_itself(caplog):
+    """Guards methods for several tasks against the scores of another task."""
+    config = PolyConfig(r=2, n_tasks=2, target_modules=["query"], task_type="SEQ_CLS")
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_bert(), config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    batch = pad(examples_for(model, 3))
+    logits = [
+        Forward(model)({**batch, "task_ids": torch.full((3,), task)}, with_labels=False).logits
+        for task in range(2)
+    ]
+    assert not torch.allclose(*logits)
     assert not caplog.records

@@ -6,7 +6,6 @@ import io
 import tracemalloc
 import weakref
 
-import peft
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -507,61 +506,6 @@ def test_tied_embedding_stays_tied_when_cast(selected, tmp_path):
     remove_mask(model)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
-def method_configs():
-    """One small configuration of each PEFT method, and the model it goes on."""
-    layers = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
-    lora = {**layers, "r": 4, "init_lora_weights": False}
-    virtual = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
-    return {
-        "dora": (tiny_bert, LoraConfig(**lora, use_dora=True)),
-        "embedding": (
-            tiny_bert,
-            LoraConfig(**{**lora, "target_modules": ["word_embeddings", "query"]}),
-        ),
-        "bias": (tiny_bert, LoraConfig(**lora, bias="all")),
-        "ia3": (tiny_bert, peft.IA3Config(**layers, feedforward_modules=[])),
-        "vera": (tiny_bert, peft.VeraConfig(**layers, r=4)),
-        "loha": (tiny_bert, peft.LoHaConfig(**layers, r=4, init_weights=False)),
-        "lokr": (tiny_bert, peft.LoKrConfig(**layers, r=4, init_weights=False)),
-        "oft": (tiny_bert, peft.OFTConfig(**layers, r=0, oft_block_size=4)),
-        "hra": (tiny_bert, peft.HRAConfig(**layers, r=4)),
-        "shira": (tiny_bert, peft.ShiraConfig(**layers, r=2)),
-        "fourierft": (tiny_bert, peft.FourierFTConfig(**layers, n_frequency=20)),
-        "layernorm": (
-            tiny_bert,
-            peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"),
-        ),
-        "prompt": (tiny_llama, peft.PromptTuningConfig(**virtual)),
-        "prefix": (tiny_llama, peft.PrefixTuningConfig(**virtual)),
-        "p-tuning": (tiny_llama, peft.PromptEncoderConfig(**virtual, encoder_hidden_size=6)),
-    }
-
-
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
-@pytest.mark.parametrize("method", method_configs())
-def test_every_peft_method(method, tmp_path):
-    """Guards against adapters whose tensors lie elsewhere than LoRA's: moved, lost or renamed."""
-    build, config = method_configs()[method]
-    torch.manual_seed(0)
-    model = get_peft_model(build(), config)
-    names = set(saved(model, tmp_path / "plain"))
-    mask, before = random_mask(model, 0.5), tensors_of(model, trainable(model))
-    partly = [name for name, bits in mask.items() if not bits.all()]
-    assert partly
-    apply_mask(model, mask)
-    train(model)
-    assert_frozen_kept(model, mask, before)
-    changed = [n for n in partly if not torch.equal(tensor_of(model, n), before[n])]
-    assert len(changed) >= len(partly) - 1
-    assert set(saved(model, tmp_path / "fish")) == names
-    loaded = PeftModel.from_pretrained(build(), tmp_path / "fish").eval()
-    batch = batch_for(model)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5
-        )
 
 
 # Wrong input
@@ -1093,8 +1037,24 @@ def test_adalora_is_refused():
         ),
     )
     names = list(trainable(model))
-    with pytest.raises(ValueError, match=r"AdaLoRA moves its budget .* without a mask"):
+    outer = nn.Sequential(model)
+    with pytest.raises(ValueError, match="AdaLoRA"):
+        apply_mask(outer, random_mask(outer))
+    with pytest.raises(ValueError, match=r"AdaLoRA moves its own budget .* without a mask"):
         apply_mask(model, random_mask(model))
     assert list(trainable(model)) == names
     head = {name: bits for name, bits in random_mask(model, dense=None).items() if HEAD in name}
     assert get_mask(apply_mask(model, head)) == FishMask(head)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_are_refused(register):
+    """Guards against gradients that a method changes (CPT, OSF), and that a mask would not."""
+    model = Net()
+    getattr(model.root, register)(lambda _: None)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"^1 tensors .* gradient hooks.*: root\. Select"):
+        apply_mask(model, net_mask(model))
+    assert fingerprint(model) == before
+    apply_mask(model, net_mask(model) | {"root": torch.ones(6, 6)})
+    assert masked_parameters(model)

@@ -140,6 +140,8 @@ class Forward:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
         self._takes_any = not self._named
+        # PEFT's own argument: the wrapper's forward keeps it from the base model's.
+        self._named |= {"task_ids"} & inspect.signature(model.forward).parameters.keys()
         self._labels_required = (
             LABELS in parameters and parameters[LABELS].default is inspect.Parameter.empty
         )

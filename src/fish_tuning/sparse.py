@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import chain
 
-from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import PeftType
 from torch import Tensor, nn
 
 from fish_tuning.distributed import check_equal, check_maskable
@@ -38,9 +40,9 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: The model has a mask already; the mask is of another model (unknown names,
             other shapes); it selects entries of a frozen parameter, or nothing at all; the adapter
-            is AdaLoRA's, which moves entries itself; an engine wraps the model already, or the
-            processes hold different tensors or masks. The model
-            is unchanged.
+            moves its own budget (AdaLoRA, AdaMSS with `use_asa`), or a tensor that is selected in
+            part has gradient hooks (CPT and OSF set some); an engine wraps the model already, or
+            the processes hold different tensors or masks. The model is unchanged.
     """
     check_maskable(model)
     if get_mask(model) is not None:
@@ -53,7 +55,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     _check_fits(parameters, mask)
-    _check_stays(model, mask)
+    _check_gradients_unused(model, parameters, mask)
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, Holder(model, parameters, mask))
@@ -127,12 +129,35 @@ def _check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
         )
 
 
-def _check_stays(model: nn.Module, mask: FishMask) -> None:
-    adaptive = [path for path, m in model.named_modules() if isinstance(m, AdaLoraLayer)]
-    if any(name.startswith(f"{path}.lora_") for path in adaptive for name in mask):
+def _check_gradients_unused(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], mask: FishMask
+) -> None:
+    """Refuses adapters and tensors that need their dense gradients for more than training."""
+    for path, module in model.named_modules():
+        configs = getattr(module, "peft_config", None)
+        for adapter, config in configs.items() if isinstance(configs, dict) else ():
+            adalora = config.peft_type == PeftType.ADALORA
+            if not adalora and not getattr(config, "use_asa", False):
+                continue
+            prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+            own = re.compile(rf"^{re.escape(path)}.*\.{prefix}\w+\.{re.escape(adapter)}(\.|$)")
+            if any(own.search(name) for name in mask):
+                raise ValueError(
+                    f"{'AdaLoRA' if adalora else 'AdaMSS with use_asa'} moves its own budget while "
+                    "it trains, which a mask keeps where it is: mask another adapter, or train "
+                    "this one without a mask"
+                )
+    hooked = [
+        name
+        for name, bits in mask.items()
+        if (parameters[name]._backward_hooks or parameters[name]._post_accumulate_grad_hooks)
+        and not bits.all()
+    ]
+    if hooked:
         raise ValueError(
-            "AdaLoRA moves its budget between ranks while it trains and so rewrites what a mask "
-            "keeps frozen: mask a LoRA adapter, or train AdaLoRA without a mask"
+            f"{len(hooked)} tensors that the mask selects from have gradient hooks, which would be "
+            f"lost (CPT and OSF set such hooks): {_some(hooked, 1)}. Select these tensors whole or "
+            "leave them out of the mask"
         )
 
 

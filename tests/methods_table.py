@@ -1,0 +1,544 @@
+"""Every PEFT method under a mask: scored, masked, trained, saved, loaded and merged.
+
+`outcomes` does all of it and asserts each step against plain PyTorch and plain PEFT; what it
+returns is a row of docs/methods.md. The page is written by
+
+    python -m tests.methods_table > docs/methods.md
+"""
+
+import copy
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers as tr
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as lora_config
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
+
+from .models import (
+    assert_scores_close,
+    batches_of,
+    examples_for,
+    naive_scores,
+    pad,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
+
+STEPS = ("scores", "mask", "train", "save", "load", "merge")
+YES, ONE_BY_ONE, NONE, REFUSED = "yes", "one example at a time", "PEFT has none", "refused"
+
+DENSITY = 0.4
+LR, DECAY = 0.02, 0.1
+EPS = 1e-4  # large enough that the rounding errors of a gradient that is 0 in theory move nothing
+
+Adapt = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: a model and what is trained of it."""
+
+    name: str
+    kind: str = ""
+    """The PeftType; empty where the model's own weights are trained."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the PEFT config, over `target_modules` and `task_type`."""
+    base: Callable[[], Any] = tiny_bert
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What its forward takes beside the usual, for one example."""
+    before: Adapt | None = None
+    """Called with the base model and the config before the adapter is added."""
+    after: Adapt | None = None
+    """Called with the PEFT model and the config afterwards."""
+    wrapped: bool = True
+    """Whether the adapter is in a PeftModel, or added to the transformers model itself."""
+    weights: str = ""
+    """Of the model's own weights, those that are trained: a regular expression."""
+
+
+def tiny_squeezebert() -> Any:
+    """BERT whose linear layers are convolutions of width 1."""
+    groups = {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "output")}
+    sizes = {"vocab_size": 40, "hidden_size": 12, "embedding_size": 12, "intermediate_size": 20}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 24}
+    config = tr.SqueezeBertConfig(
+        **groups, **sizes, **layers, intermediate_groups=1, num_labels=3, initializer_range=0.2
+    )
+    return _seeded(tr.SqueezeBertForSequenceClassification, config)
+
+
+def tiny_mixtral() -> Any:
+    """A mixture of experts, whose weights are one parameter for all of them."""
+    sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 20, "num_local_experts": 2}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = tr.MixtralConfig(**sizes, **layers, pad_token_id=0, initializer_range=0.2)
+    return _seeded(tr.MixtralForCausalLM, config)
+
+
+def tiny_masked_lm() -> Any:
+    return tiny_bert(task="MaskedLM")
+
+
+def llama_without_cache() -> Any:
+    return tiny_llama(use_cache=False)
+
+
+def _seeded(build: Callable[..., Any], *args: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(*args)
+
+
+def _calibration(model: Any) -> list[dict[str, Tensor]]:
+    return batches_of(examples_for(model, 6, seed=7), 3)
+
+
+def _backward(base: Any) -> None:
+    for batch in _calibration(base):
+        base(**batch).loss.backward()
+
+
+def _start_lora_ga(base: Any, config: Any) -> None:
+    preprocess_loraga(base, config, train_step=lambda: _backward(base))
+
+
+def _start_eva(model: Any, config: Any) -> None:
+    initialize_lora_eva_weights(
+        model,
+        _calibration(model),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, batch, name: inputs[0].flatten(0, 1),
+        show_progress_bar=False,
+    )
+
+
+def _second_adapter(model: Any, config: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["key"], init_lora_weights=False))
+
+
+def _experts(base: Any, config: Any) -> None:
+    """Two LoRA adapters on disk; they are read when the model is built."""
+    config.adapters = {}
+    for name in ("0", "1"):
+        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        folder = tempfile.mkdtemp(dir=_TEMPORARY.name)
+        get_peft_model(type(base)(base.config), lora).save_pretrained(folder)
+        config.adapters[name] = folder
+
+
+_TEMPORARY = tempfile.TemporaryDirectory()
+
+_LLAMA = {"base": tiny_llama}
+_VIRTUAL = {"target_modules": None, "num_virtual_tokens": 4}
+_TASKS = {"task_ids": torch.tensor(1)}
+
+METHODS = (
+    Method("LoRA", "LORA", {"r": 4}),
+    Method(
+        "LoRA, GPT-2",
+        "LORA",
+        {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+        tiny_gpt2,
+    ),
+    Method("LoRA, embedding", "LORA", {"r": 4, "target_modules": ["word_embeddings", "query"]}),
+    Method("LoRA, convolution", "LORA", {"r": 4}, tiny_squeezebert),
+    Method(
+        "LoRA, `target_parameters`",
+        "LORA",
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+        tiny_mixtral,
+    ),
+    Method("LoRA, `bias`", "LORA", {"r": 4, "bias": "all"}),
+    Method("LoRA, `lora_bias`", "LORA", {"r": 4, "lora_bias": True}),
+    Method(
+        "LoRA, `modules_to_save`", "LORA", {"r": 4, "modules_to_save": ["classifier", "pooler"]}
+    ),
+    Method(
+        "LoRA, `trainable_token_indices`",
+        "LORA",
+        {"r": 4, "trainable_token_indices": {"word_embeddings": [3, 5, 9]}},
+    ),
+    Method(
+        "LoRA, `layer_replication`",
+        "LORA",
+        {"r": 4, "target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)]},
+        tiny_llama,
+    ),
+    Method("LoRA, two adapters", "LORA", {"r": 4}, after=_second_adapter),
+    Method("LoRA, `model.add_adapter`", "LORA", {"r": 4}, wrapped=False),
+    Method("rsLoRA", "LORA", {"r": 4, "use_rslora": True}),
+    Method("DoRA", "LORA", {"r": 4, "use_dora": True}),
+    Method("PiSSA start", "LORA", {"r": 4, "init_lora_weights": "pissa"}),
+    Method("OLoRA start", "LORA", {"r": 4, "init_lora_weights": "olora"}),
+    Method(
+        "EVA start",
+        "LORA",
+        {"r": 2, "init_lora_weights": "eva", "eva_config": lora_config.EvaConfig()},
+        after=_start_eva,
+    ),
+    Method(
+        "LoRA-GA start",
+        "LORA",
+        {"r": 4, "init_lora_weights": "lora_ga", "lora_ga_config": lora_config.LoraGAConfig()},
+        before=_start_lora_ga,
+    ),
+    Method("Orthogonal start", "LORA", {"r": 4, "init_lora_weights": "orthogonal"}),
+    Method(
+        "aLoRA",
+        "LORA",
+        {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": [7]},
+        tiny_llama,
+    ),
+    Method(
+        "BD-LoRA",
+        "LORA",
+        {
+            "r": 4,
+            "use_bdlora": lora_config.BdLoraConfig(
+                target_modules_bd_a=["query", "value"], nblocks=2
+            ),
+        },
+    ),
+    Method("KaSA", "LORA", {"r": 4, "kasa_config": lora_config.KasaConfig()}),
+    Method("MonteCLoRA", "LORA", {"r": 4, "monteclora_config": lora_config.MontecloraConfig()}),
+    Method("VeLoRA", "LORA", {"r": 4, "velora_config": lora_config.VeloraConfig(num_groups=4)}),
+    Method("AdaLoRA", "ADALORA", {"init_r": 4, "target_r": 2, "total_step": 9}),
+    Method("AdaMSS", "ADAMSS", {"r": 4, "num_subspaces": 2, "subspace_rank": 1}),
+    Method(
+        "AdaMSS, `use_asa`",
+        "ADAMSS",
+        {
+            "r": 4,
+            "num_subspaces": 2,
+            "subspace_rank": 1,
+            "use_asa": True,
+            "asa_target_subspaces": 2,
+            "init_warmup": 1,
+            "final_warmup": 9,
+        },
+    ),
+    Method(
+        "Adaption prompt",
+        "ADAPTION_PROMPT",
+        {"target_modules": None, "adapter_len": 4, "adapter_layers": 2},
+        **_LLAMA,
+    ),
+    Method("BEFT", "BEFT"),
+    Method("BOFT", "BOFT", {"boft_block_size": 4}),
+    Method("C3A", "C3A", {"block_size": 4}),
+    Method("Cartridge", "CARTRIDGE", _VIRTUAL, **_LLAMA),
+    Method(
+        "CPT",
+        "CPT",
+        {
+            "target_modules": None,
+            "cpt_token_ids": [3, 4, 5, 6],
+            "cpt_mask": [1] * 4,
+            "cpt_tokens_type_mask": [1, 2, 3, 4],
+        },
+        **_LLAMA,
+    ),
+    Method("DEFT", "DEFT", {"r": 4}),
+    Method("DeLoRA", "DELORA", {"r": 4}),
+    Method("FourierFT", "FOURIERFT", {"n_frequency": 20}),
+    Method("FRoD", "FROD", {"progressbar": False, "sparse_rate": 0.1}),
+    Method("GLoRA", "GLORA", {"r": 4}),
+    Method("GraLoRA", "GRALORA", {"r": 4, "gralora_k": 2}),
+    Method("HiRA", "HIRA", {"r": 4}),
+    Method("HRA", "HRA", {"r": 4}),
+    Method("IA3", "IA3", {"feedforward_modules": []}),
+    Method("LayerNorm tuning", "LN_TUNING", {"target_modules": ["LayerNorm"]}),
+    Method("Lily", "LILY", {"r": 4, "stride_A": 1, "num_B": 2}),
+    Method("LoHa", "LOHA", {"r": 4}),
+    Method("LoKr", "LOKR", {"r": 4}),
+    Method("MiSS", "MISS", {"r": 4}),
+    Method(
+        "Multitask prompt tuning",
+        "MULTITASK_PROMPT_TUNING",
+        {**_VIRTUAL, "num_tasks": 2},
+        inputs=_TASKS,
+        **_LLAMA,
+    ),
+    Method("OFT", "OFT", {"oft_block_size": 4}),
+    Method("OSF", "OSF", {"effective_rank": 4}),
+    Method("P-tuning", "P_TUNING", {**_VIRTUAL, "encoder_hidden_size": 6}, **_LLAMA),
+    Method("PEANuT", "PEANUT", {"r": 4}),
+    Method("Poly", "POLY", {"r": 4, "n_tasks": 2, "n_skills": 2}, inputs=_TASKS),
+    Method("Prefix tuning", "PREFIX_TUNING", _VIRTUAL, **_LLAMA),
+    Method("Prompt tuning", "PROMPT_TUNING", _VIRTUAL, **_LLAMA),
+    Method("PSOFT", "PSOFT", {"r": 4}),
+    Method("PVeRA", "PVERA", {"r": 4}),
+    Method("RandLoRA", "RANDLORA", {"r": 4}),
+    Method("RoAd", "ROAD", {"group_size": 4}),
+    Method("Shadow", "SHADOW", {"target_modules": None, "r": 4}, **_LLAMA),
+    Method("SHiRA", "SHIRA", {"r": 2}),
+    Method("Super-Tuning", "SUPERTUNING"),
+    Method("Super-Tuning, `r`", "SUPERTUNING", {"r": 4}),
+    Method("TinyLoRA", "TINYLORA", {"r": 2, "u": 8}),
+    Method(
+        "Trainable tokens",
+        "TRAINABLE_TOKENS",
+        {"target_modules": ["word_embeddings"], "token_indices": [3, 5, 9]},
+    ),
+    Method("Uni-LoRA", "UNILORA", {"r": 4, "theta_d_length": 32}),
+    Method("VB-LoRA", "VBLORA", {"r": 4, "num_vectors": 8, "vector_length": 4}),
+    Method("VeRA", "VERA", {"r": 4}),
+    Method("WaveFT", "WAVEFT", {"n_frequency": 20}),
+    Method(
+        "X-LoRA",
+        "XLORA",
+        {"target_modules": None, "hidden_size": 12, "xlora_size": 8, "xlora_depth": 2},
+        llama_without_cache,
+        before=_experts,
+    ),
+    Method("BitFit: biases and the head", weights=r"bias$|^classifier"),
+    Method("All weights, BERT", weights=""),
+    Method("All weights, GPT-2 with tied head", base=tiny_gpt2),
+    Method("All weights, masked LM with tied head", base=tiny_masked_lm),
+)
+
+
+def build(method: Method) -> Any:
+    """The model with its adapter, in evaluation mode; the same at every call.
+
+    Every trainable entry is moved a little from its start, where some have a gradient of 0 (LoRA's
+    A) or are 0 themselves.
+    """
+    return _seeded(_build, method)
+
+
+def _build(method: Method) -> Any:
+    base = method.base().eval()
+    if not method.kind:
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad = bool(re.search(method.weights, name))
+        return base
+    config = _config(method, base)
+    if method.before is not None:
+        method.before(base, config)
+    if method.wrapped:
+        model = get_peft_model(base, config)
+    else:
+        (model := base).add_adapter(config)
+    if method.after is not None:
+        method.after(model, config)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def _config(method: Method, base: Any) -> Any:
+    causal = type(base).__name__.endswith(("CausalLM", "LMHeadModel"))
+    options = {
+        "target_modules": ["q_proj", "v_proj"] if causal else ["query", "value"],
+        "task_type": "CAUSAL_LM" if causal else "SEQ_CLS",
+        **copy.deepcopy(dict(method.options)),
+    }
+    if options["target_modules"] is None:
+        del options["target_modules"]
+    return PEFT_TYPE_TO_CONFIG_MAPPING[method.kind](**options)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def outcomes(method: Method, folder: Path) -> dict[str, str]:
+    """What each step came to, by step; a step that is wrong fails an assertion."""
+    model = build(method)
+    examples = [{**example, **method.inputs} for example in examples_for(model, 6)]
+    batches = batches_of(examples, 3)
+    found = dict.fromkeys(STEPS, YES)
+
+    with _log() as messages:
+        scores = calculate_fisher_information(model, batches, progress=False)
+    if any(ONE_BY_ONE in message for message in messages):
+        found["scores"] = ONE_BY_ONE
+    assert_scores_close(scores, naive_scores(model, examples, loss=_own_loss), rtol=1e-4)
+
+    k = round(DENSITY * sum(score.numel() for score in scores.values()))
+    mask = create_mask_from_fisher(scores, num_trainable=k, scope="per_tensor")
+    assert mask.num_trainable == k
+    assert len({model.get_parameter(name).data_ptr() for name in mask}) == len(mask)  # tied: once
+    start, parameters = state_of(model), [*model.parameters()]
+    try:
+        apply_mask(model, mask)
+    except ValueError as refusal:
+        assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+        return found | dict.fromkeys(STEPS[2:], REFUSED) | {"mask": f"{REFUSED}: {refusal}"}
+    assert sum(p.numel() for p in trainable(model).values()) == k
+
+    plain = build(method)
+    names = saved(plain, folder / "plain")
+    train(model, batches)
+    reference = build(method)
+    train(reference, batches, mask)
+    assert_trained(model, reference, mask, start)
+
+    assert saved(model, folder / "masked") == names
+    outputs = output(model, batches[0])
+    assert not torch.allclose(outputs, output(plain, batches[0]), atol=1e-4)
+
+    for step, ours, of_peft in (
+        ("load", lambda: load(method, folder / "masked"), lambda: load(method, folder / "plain")),
+        ("merge", lambda: model.merge_and_unload(), lambda: plain.merge_and_unload()),
+    ):
+        if _gives(output(plain, batches[0]), of_peft, batches[0]):
+            torch.testing.assert_close(output(ours(), batches[0]), outputs, rtol=1e-4, atol=1e-5)
+        else:
+            found[step] = NONE
+    return found
+
+
+def load(method: Method, folder: Path) -> Any:
+    base = method.base()
+    if not method.kind:
+        return type(base).from_pretrained(folder)
+    if method.wrapped:
+        return PeftModel.from_pretrained(base, folder)
+    base.load_adapter(folder)
+    return base
+
+
+def _gives(outputs: Tensor, of_peft: Callable[[], Any], batch: dict[str, Tensor]) -> bool:
+    """Whether PEFT can do it without a mask, with the same outputs."""
+    try:
+        return torch.allclose(output(of_peft(), batch), outputs, rtol=1e-4, atol=1e-5)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _own_loss(model: Any, example: Mapping[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**pad([dict(example)])).loss
+    return loss
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def train(model: Any, batches: list[dict[str, Tensor]], mask: Any = None, steps: int = 3) -> None:
+    """AdamW with weight decay; with a mask, on dense tensors: gradients and decay are masked."""
+    decay = DECAY if mask is None else 0
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters.values(), LR, eps=EPS, weight_decay=decay)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**batches[step % len(batches)]).loss.backward()
+        if mask is not None:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    if p.grad is not None:
+                        p.grad *= mask[name]
+                    p *= torch.where(mask[name], 1 - LR * DECAY, 1.0)
+        optimizer.step()
+
+
+def assert_trained(
+    model: nn.Module, reference: nn.Module, mask: Mapping[str, Tensor], start: dict[str, Tensor]
+) -> None:
+    """Selected entries are those of the dense reference, all others have the bits they had."""
+    now, expected = state_of(model), state_of(reference)
+    for name, before in start.items():
+        frozen = ~mask[name] if name in mask else torch.ones(before.shape, dtype=torch.bool)
+        assert torch.equal(now[name][frozen], before[frozen]), f"{name} moved"
+        if name in mask:
+            torch.testing.assert_close(
+                now[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+            assert not mask[name].any() or not torch.equal(now[name], before), f"{name} stayed"
+
+
+def saved(model: Any, folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Names, shapes and types of all tensors in the weight files that the model writes."""
+    model.save_pretrained(folder)
+    found = {
+        f"{file.relative_to(folder)}: {name}": (tensor.shape, tensor.dtype)
+        for file in sorted(folder.rglob("*model.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    assert found
+    return found
+
+
+@torch.no_grad()
+def output(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model.eval()(**batch).logits
+    return logits
+
+
+@contextmanager
+def _log() -> Iterator[list[str]]:
+    """The messages of the library's loggers while inside."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("fish_tuning")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def page(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """docs/methods.md, from the outcomes by method."""
+    lines = ["| method | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 1) + "|"]
+    lines += ["| " + " | ".join([name, *found.values()]) + " |" for name, found in rows.items()]
+    return _INTRODUCTION.format(version=peft.__version__) + "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """# PEFT methods
+
+What the library does with every method of peft {version}, with variants of LoRA and with a model's
+own weights. `python -m tests.methods_table > docs/methods.md` writes this page by trying each on a
+tiny model; the tests try again and compare.
+
+- **scores**: `calculate_fisher_information` equals a loop over single examples.
+  "{one_by_one}": so it does, but takes as long as that loop, as some parameter has no
+  rule for a whole batch.
+- **mask**: `create_mask_from_fisher` and `apply_mask` leave exactly k trainable numbers.
+- **train**: three steps of AdamW with weight decay end where dense training with masked gradients
+  does, and every other tensor and entry of the model keeps its bits.
+- **save**: `save_pretrained` writes the tensors that it writes without a mask.
+- **load**: `PeftModel.from_pretrained` (`from_pretrained` for a model's own weights) gives the same
+  outputs.
+- **merge**: `merge_and_unload` gives the same outputs.
+
+"{none}": PEFT cannot do it without a mask either, or the outputs change when it does.
+
+""".replace("{one_by_one}", ONE_BY_ONE).replace("{none}", NONE)
+
+
+def main() -> None:
+    rows = {}
+    for method in METHODS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[method.name] = outcomes(method, Path(folder))
+    sys.stdout.write(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Every PEFT method, and docs/methods.md, which says what becomes of it."""
+
+from pathlib import Path
+
+import pytest
+from peft.utils import PeftType
+
+from .methods_table import METHODS, STEPS, outcomes, page
+
+PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+ROWS = {
+    name: dict(zip(STEPS, cells, strict=True))
+    for name, *cells in (
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in PAGE.splitlines()
+        if line.startswith("| ")
+    )
+    if name != "method"
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method(method, tmp_path):
+    """Guards scores, masks, training, files and merging of an adapter whose tensors lie elsewhere
+    than LoRA's, and a table that says something else than what happens."""
+    assert outcomes(method, tmp_path) == ROWS[method.name]
+
+
+def test_no_method_is_missing():
+    """Guards against a method of the installed peft that nobody has tried."""
+    assert {method.kind for method in METHODS if method.kind} == {kind.value for kind in PeftType}
+
+
+def test_the_page_is_made_of_its_rows():
+    """Guards text typed into the page, rows of methods that are gone, and blank cells."""
+    assert list(ROWS) == [method.name for method in METHODS]
+    assert page(ROWS) == PAGE
+    assert all(cell for row in ROWS.values() for cell in row.values())
