@@ -67,10 +67,37 @@ def tiny_t5(seed: int = 0, **config: Any) -> Any:
     return _build(tr.T5ForConditionalGeneration, settings, seed)
 
 
+def tiny_bart(seed: int = 0, **config: Any) -> Any:
+    """BART: learned positions, LayerNorm after each block, one shared embedding."""
+    sides = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 20))
+    }
+    sizes = {"d_model": 12, "max_position_embeddings": 24, "init_std": 0.2, **sides}
+    special = {"bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    special |= {"forced_eos_token_id": None}
+    shared = {key: value for key, value in _SIZES.items() if key != "initializer_range"}
+    settings = tr.BartConfig(**{**shared, **sizes, **special, **config})
+    return _build(tr.BartForConditionalGeneration, settings, seed)
+
+
+def tiny_vit(num_labels: int = 3, seed: int = 0, **config: Any) -> Any:
+    """ViT over images of 3 x 8 x 8 in four patches, with a head."""
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "image_size": 8, "patch_size": 4}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+    settings = tr.ViTConfig(**{**sizes, **layers, "num_labels": num_labels, **config})
+    return _build(tr.ViTForImageClassification, settings, seed)
+
+
 def with_lora(model: Any, r: int = 4, seed: int = 0, **config: Any) -> PeftModel:
     """LoRA on all linear layers; `init_lora_weights=False` gives a B that is not 0."""
     settings = {"target_modules": "all-linear", "lora_alpha": 2 * r, "lora_dropout": 0.1, **config}
     settings.setdefault("task_type", _peft_task(model))
+    if settings["task_type"] == "IMAGE_CLS":
+        # PEFT has no task of that name.
+        settings |= {"task_type": None, "modules_to_save": ["classifier"]}
+        settings.setdefault("exclude_modules", ["classifier"])
     if settings["task_type"] == "TOKEN_CLS":
         # Its head is trained densely; "all-linear" leaves out that of other tasks only.
         settings.setdefault("exclude_modules", ["classifier"])
@@ -86,6 +113,7 @@ def _peft_task(model: nn.Module) -> str | None:
     for end, task in (
         ("ForSequenceClassification", "SEQ_CLS"),
         ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForImageClassification", "IMAGE_CLS"),
         ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
         ("ForMaskedLM", None),
     ):
@@ -97,7 +125,7 @@ def _peft_task(model: nn.Module) -> str | None:
 def examples_for(
     model: Any, n: int, seed: int = 0, *, shortest: int = 3, longest: int = 11
 ) -> list[dict[str, Tensor]]:
-    """Examples of different lengths, unpadded, with labels as the model's task wants them."""
+    """Examples with labels as the model's task wants them: images, or unpadded sequences."""
     generator = torch.Generator().manual_seed(seed)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     task = _peft_task(base)
@@ -112,6 +140,12 @@ def examples_for(
 
     examples = []
     for _ in range(n):
+        if task == "IMAGE_CLS":
+            size = base.config.image_size
+            image = torch.randn(base.config.num_channels, size, size, generator=generator)
+            label = integers(0, base.config.num_labels, 1)[0]
+            examples.append({"pixel_values": image, "labels": label})
+            continue
         length = int(integers(shortest, longest + 1))
         ids = integers(2, VOCABULARY, length)
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -171,7 +205,7 @@ def reference_loss(model: Any, example: dict[str, Tensor], reduction: str = "mea
         # Virtual tokens (prompt tuning) have no label.
         labels = nn.functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
         logits, labels = logits[:, :-1], labels[:, 1:]
-    if task != "SEQ_CLS":
+    if task not in ("SEQ_CLS", "IMAGE_CLS"):
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction=reduction
         )

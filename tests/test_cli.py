@@ -374,6 +374,65 @@ def test_run_hands_over_config_and_name(project, monkeypatch):
     assert all(path.is_file() for path in written)
 
 
+def launched(monkeypatch, outcome) -> list:
+    """Put a launcher in place that does what `outcome` does."""
+    calls = []
+
+    def launch_command(arguments):
+        calls.append(arguments)
+        outcome()
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    return calls
+
+
+def test_several_processes_are_launched(project, monkeypatch):
+    """Guards the command that accelerate starts, and a runner in the process that launches."""
+    runs = fake_run(monkeypatch, ended("finished"))
+    calls = launched(monkeypatch, lambda: None)
+    set_seeds = ["--set", "seeds=[1, 2]"]
+    assert invoke("run", "base_config.yaml", *set_seeds, "--num-processes", 3).exit_code == 0
+    [arguments] = calls
+    assert (arguments.num_processes, arguments.module) == (3, True)
+    assert arguments.training_script == "fish_tuning.cli"
+    assert arguments.training_script_args == ["run", "base_config.yaml", *set_seeds]
+    assert runs == []
+    refused = invoke("run", "base_config.yaml", "--set", "lora.rank=1", "--num-processes", 3)
+    assert refused.exit_code == 2 and len(calls) == 1
+
+
+@pytest.mark.parametrize("ending", ["failed", "killed", "interrupted"])
+def test_a_launch_ends_as_its_processes_do(project, monkeypatch, ending):
+    """Guards exit codes, and Ctrl-C, against the launcher's own way to end."""
+    from torch.distributed.elastic.multiprocessing import errors
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def end():
+        if ending == "interrupted":
+            raise SignalException("stop", signal.SIGINT)
+        code = 2 if ending == "failed" else -signal.SIGKILL
+        failure = errors.ProcessFailure(1, 5, code, "/nowhere")
+        raise errors.ChildFailedError("fish_tuning.cli", {1: failure})
+
+    launched(monkeypatch, end)
+    result = invoke("run", "base_config.yaml", "--num-processes", 2)
+    assert result.exit_code == {"failed": 2, "killed": 1, "interrupted": 130}[ending]
+    if ending == "interrupted":
+        assert result.stderr.endswith("fish-tuning run base_config.yaml --num-processes 2\n")
+
+
+def test_of_several_processes_one_speaks(project, monkeypatch):
+    """Guards output and files of every command against one copy a process."""
+    monkeypatch.setenv("RANK", "1")
+    assert invoke("plan", "base_config.yaml").output == ""
+    fake_run(monkeypatch, interrupted)
+    result = invoke("run", "base_config.yaml")
+    assert (result.exit_code, result.output) == (130, "")
+    monkeypatch.setenv("RANK", "0")
+    assert "stopped" in invoke("run", "base_config.yaml").output
+    assert invoke("env").output
+
+
 def test_notices_are_shown_once(project, monkeypatch):
     """Guards notices of renamed arguments: shown, and not a wall of them."""
     fake_run(monkeypatch, ended("finished"))

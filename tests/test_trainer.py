@@ -1,4 +1,4 @@
-"""FishTuningTrainer and FishTuningCallback in transformers' and TRL's training loops."""
+"""FishTuningTrainer and FishTuningCallback in transformers' training loop."""
 
 import copy
 import os
@@ -9,21 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch._dynamo import OptimizedModule
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fish_tuning import (
     FishMask,
@@ -116,6 +106,7 @@ def trainer_for(model, folder, mask=None, callbacks=None, **settings):
         model=model,
         args=arguments(folder, **settings),
         train_dataset=data_for(model),
+        eval_dataset=data_for(model),
         mask=mask,
         callbacks=callbacks,
     )
@@ -229,6 +220,27 @@ def test_gradient_checkpointing_trains_the_same(reentrant, tmp_path):
         results.append(tensors_of(model, mask))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(tmp_path):
+    """Guards against a graph that holds the tensors of another step, or misses the gradients."""
+    results = []
+    for compiled in (False, True):
+        model = lora_bert(dropout=False)
+        mask, before = random_mask(model), tensors_of(model, trainable(model))
+        trainer = trainer_for(
+            model,
+            tmp_path,
+            mask,
+            **({"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}),
+        )
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, OptimizedModule) == compiled
+        assert_trained_where_selected(model, mask, before)
+        results.append(tensors_of(model, mask))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_a_masked_model_needs_no_mask(tmp_path):
@@ -380,6 +392,16 @@ class Record(TrainerCallback):
         self.seen[state.global_step] = tensors_of(model, self.names)
 
 
+class BestIs(TrainerCallback):
+    """Makes the evaluation at a step the best."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_loss"] = abs(state.global_step - self.step)
+
+
 @pytest.mark.parametrize("kind", ["peft", "module"])
 def test_best_model_is_restored(kind, tmp_path):
     """Guards against a best model that the next forward overwrites with the last values."""
@@ -420,82 +442,34 @@ def test_best_model_is_restored(kind, tmp_path):
         assert torch.equal(tensor_of(model, name), best[name]), name
 
 
-# Other trainers
-
-
-def test_seq2seq_trainer(tmp_path):
-    """Guards against a callback that fits only our own Trainer; generation in evaluation too."""
-    model = with_lora(tiny_t5(), init_lora_weights=False)
-    mask, before = random_mask(model), tensors_of(model, trainable(model))
-    data = [example | {"labels": example["labels"][:2]} for example in data_for(model)]
-    trainer = Seq2SeqTrainer(
-        model=model,
-        args=arguments(
-            tmp_path,
-            Seq2SeqTrainingArguments,
-            predict_with_generate=True,
-            generation_max_length=4,
-        ),
-        train_dataset=data,
-        eval_dataset=data[:4],
-        callbacks=[FishTuningCallback(mask)],
-    )
-    trainer.train()
-    trainer.evaluate()
-    assert_trained_where_selected(model, mask, before)
-    trainer.save_model(tmp_path / "saved")
-    assert FishMask.from_pretrained(tmp_path / "saved") == FishMask(mask)
-
-
-WORDS = ["<pad>", "<eos>", "<unk>", "the", "fish", "swims", "up", "river", "and", "down", "again"]
-
-
-def tiny_tokenizer():
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_trl_sft_trainer(tmp_path):
-    """Guards against TRL's Trainer, which casts, wraps and checkpoints the model as it likes."""
-    trl = pytest.importorskip("trl")
-    model = with_lora(tiny_llama(max_position_embeddings=64), init_lora_weights=False)
-    mask, before = random_mask(model), tensors_of(model, trainable(model))
-    text = ["the fish swims up the river", "the fish swims down again", "up and down the river"] * 4
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=arguments(tmp_path, trl.SFTConfig, max_length=16, bf16=False),
-        train_dataset=Dataset.from_dict({"text": text}),
-        processing_class=tiny_tokenizer(),
-        callbacks=[FishTuningCallback(mask)],
-    )
-    trainer.train()
-    assert_trained_where_selected(model, mask, before)
-    trainer.save_model(tmp_path / "saved")
-    loaded = PeftModel.from_pretrained(tiny_llama(max_position_embeddings=64), tmp_path / "saved")
+def test_training_goes_on_from_the_best_model(tmp_path):
+    """Guards against values that the best model's tensors and the next steps do not share."""
+    model, twin = lora_bert(dropout=False), lora_bert(dropout=False)
+    data, mask = data_for(model), random_mask(model)
+    trainer_for(
+        model,
+        tmp_path,
+        mask,
+        callbacks=[BestIs(2)],
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    ).train()
+    twin.load_state_dict(model.state_dict())
+    for name, p in trainable(twin).items():
+        p.register_hook(lambda gradient, bits=mask[name]: gradient * bits)
+    batch = {key: torch.stack([example[key] for example in data]) for key in data[0]}
+    for each in (model, twin):
+        optimizer = torch.optim.AdamW(trainable(each).values(), 0.01, weight_decay=0)
+        for _ in range(3):
+            each(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     for name in mask:
-        assert torch.equal(tensor_of(loaded, name), tensor_of(model, name)), name
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_trl_dpo_trainer(tmp_path):
-    """Guards against the reference forward without adapter between forward and backward."""
-    trl = pytest.importorskip("trl")
-    model = with_lora(tiny_llama(max_position_embeddings=64), init_lora_weights=False)
-    mask, before = random_mask(model), tensors_of(model, trainable(model))
-    columns = {"prompt": "the fish", "chosen": " swims up", "rejected": " down again"}
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=arguments(tmp_path, trl.DPOConfig, max_length=16, bf16=False),
-        train_dataset=Dataset.from_dict({key: [text] * 8 for key, text in columns.items()}),
-        processing_class=tiny_tokenizer(),
-        callbacks=[FishTuningCallback(mask)],
-    )
-    trainer.train()
-    assert_trained_where_selected(model, mask, before)
+        expected = tensor_of(twin, name)
+        torch.testing.assert_close(tensor_of(model, name), expected, rtol=1e-5, atol=1e-6)
 
 
 # Errors

@@ -284,7 +284,8 @@ class _OneByOne:
                 )
                 for total, gradient in zip(self.sums.values(), gradients, strict=True):
                     if gradient is not None:
-                        total += gradient.to(total.dtype).abs_().pow_(self.objective.power)
+                        # Not in place: autograd gives parameters that are added one gradient.
+                        total += gradient.to(total.dtype).abs().pow_(self.objective.power)
 
 
 def _scorer_for(

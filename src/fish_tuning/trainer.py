@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from fish_tuning.card import write_card
 from fish_tuning.mask import FishMask
 from fish_tuning.sparse import apply_mask, get_mask, masked_parameters
 
@@ -29,13 +31,16 @@ class FishTuningCallback(TrainerCallback):
         """Applies the mask.
 
         Raises:
-            ValueError: As in `apply_mask`; or there is no mask and the model has none either.
+            ValueError: As in `apply_mask`; or there is no mask and the model has none either; or
+                the Trainer has copied the adapter of a model that was masked already.
         """
         model = kwargs["model"]
         if self.mask is not None:
             apply_mask(model, self.mask)
-        elif get_mask(model) is None:
+        elif (mask := get_mask(model)) is None:
             raise ValueError("no mask: pass one, or mask the model first (get_fish_model)")
+        else:
+            _check_reference(model, mask)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Checks that what is about to be trained is what the mask selects.
@@ -59,11 +64,23 @@ class FishTuningCallback(TrainerCallback):
             )
 
 
+def _check_reference(model: nn.Module, mask: FishMask) -> None:
+    """TRL's DPOTrainer copies an adapter's parameters to "ref"; masked tensors are none."""
+    masked, parameters = dict(model.named_buffers()), dict(model.named_parameters())
+    for name in mask:
+        reference = parameters.get(name.replace(".default.", ".ref."))
+        if name in masked and reference is not None and not torch.equal(reference, masked[name]):
+            raise ValueError(
+                "the adapter 'ref', with which DPO compares, lacks what was masked before the "
+                "Trainer was built: leave the model as it is and pass FishTuningCallback(mask)"
+            )
+
+
 class FishTuningTrainer(Trainer):
     """transformers' Trainer over a masked model.
 
-    Checkpoints and saved models hold the usual files and the mask beside them. A checkpoint of
-    another mask is refused.
+    Checkpoints and saved models hold the usual files, the mask beside them and its description in
+    the model card. A checkpoint of another mask is refused.
 
     Args:
         model: The model; masked in place.
@@ -98,9 +115,16 @@ class FishTuningTrainer(Trainer):
         super()._save(output_dir, state_dict)
         # Trainer calls the save_pretrained of these alone, which brings the mask along.
         if not isinstance(self.model, PreTrainedModel | PeftModel) and self.args.should_save:
-            mask = get_mask(self.masked_model)
+            mask, folder = get_mask(self.masked_model), str(output_dir or self.args.output_dir)
             assert mask is not None
-            mask.save_pretrained(str(output_dir or self.args.output_dir))
+            mask.save_pretrained(folder)
+            write_card(folder, mask)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes transformers' model card, and what is masked into it."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and (mask := get_mask(self.masked_model)) is not None:
+            write_card(str(self.args.output_dir), mask)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = FishMask.from_pretrained(resume_from_checkpoint)

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import CASES, app
 from benchmarks.setting import Setting
+from benchmarks.shapes import TINYLLAMA
 from benchmarks.table import Results
 
 SLOW = {"compiling", "step_with_default_malloc"}
@@ -20,6 +21,14 @@ def test_cases_run(case):
     for row in rows:
         assert row.ratio.low <= row.ratio.median <= row.ratio.high
         assert row.rest or row.at_most is None or row.ratio.low == row.ratio.high
+
+
+@pytest.mark.parametrize("case", ["time_of_scoring", "time_of_a_step", "top_k"])
+def test_cases_run_as_on_an_accelerator(case, monkeypatch):
+    """Guards what only an accelerator's run reaches: its sizes, rounds and goals."""
+    monkeypatch.setattr(Setting, "on_cpu", False)
+    assert list(CASES[case](Setting(tiny=True)))
+    assert TINYLLAMA in Setting().shapes
 
 
 def test_part_of_the_suite(tmp_path):

@@ -11,6 +11,7 @@ from fish_tuning.cli.pack import pack, unpack
 from fish_tuning.cli.plan import plan
 from fish_tuning.cli.report import report
 from fish_tuning.cli.run import run
+from fish_tuning.cli.terminal import process_rank
 
 main = typer.Typer(
     name="fish-tuning",
@@ -30,6 +31,7 @@ def _print_version(wanted: bool) -> None:
 
 @main.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -37,7 +39,9 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    # Of several processes, one is enough for what does not train.
+    if process_rank() > 0 and context.invoked_subcommand != "run":
+        raise typer.Exit
 
 
 for _command in (run, plan, inspect, report, pack, unpack, env):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from fish_tuning.cli.terminal import (
     EXIT_INTERRUPTED,
     ConfigFile,
     Overrides,
+    process_rank,
     quiet_libraries,
     say,
     stdout,
@@ -23,25 +24,42 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fish_tuning.experiments.results import Results
+    from fish_tuning.experiments.schema import ExperimentConfig
 
 
-def run(config_file: ConfigFile, overrides: Overrides = None) -> None:
+def run(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that train each run together; accelerate launch starts them."
+        ),
+    ] = 1,
+) -> None:
     """Run every arm with every seed and write the report.
 
     The same command skips what is finished and goes on where it stopped.
 
     Exit codes: 0 all runs finished, 1 some failed, 2 config or data at fault, 130 interrupted.
     """
+    words = [str(config_file), *(word for o in overrides or [] for word in ("--set", o))]
     try:
         with user_errors():
-            _run(config_file, overrides or [])
+            config = _checked(config_file, overrides or [])
+            if num_processes > 1:
+                _launch(words, num_processes)
+            else:
+                _run(config, config_file.stem)
     except KeyboardInterrupt:
-        words = [str(config_file), *(word for o in overrides or [] for word in ("--set", o))]
-        say(f"stopped; the same command goes on from here: fish-tuning run {shlex.join(words)}")
+        if num_processes > 1:
+            words += ["--num-processes", str(num_processes)]
+        if process_rank() == 0:
+            say(f"stopped; the same command goes on from here: fish-tuning run {shlex.join(words)}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def _run(config_file: Path, overrides: list[str]) -> None:
+def _checked(config_file: Path, overrides: list[str]) -> ExperimentConfig:
     from fish_tuning.experiments.checks import check_before_run, check_local_data
     from fish_tuning.experiments.config import load_config
 
@@ -50,11 +68,39 @@ def _run(config_file: Path, overrides: list[str]) -> None:
     # The runner checks all of this too, seconds later: importing it imports torch.
     check_before_run(config)
     check_local_data(config)
+    return config
 
+
+def _launch(words: list[str], num_processes: int) -> None:
+    """Start this command in several processes of this machine, and end as they do."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # What is trained and how, the config says: accelerate's own file is not asked. Its "multi_gpu"
+    # is several processes of one machine, also where there is no accelerator.
+    options = ["--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    program = ["-m", "fish_tuning.cli", "run", *words]
+    try:
+        launch_command(launch_command_parser().parse_args([*options, *program]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        raise typer.Exit(max(EXIT_FAILED_RUNS, failure.exitcode)) from None
+    except SignalException:
+        raise KeyboardInterrupt from None
+
+
+def _run(config: ExperimentConfig, name: str) -> None:
+    from fish_tuning.experiments import processes
     from fish_tuning.experiments.report import write_report
     from fish_tuning.experiments.run import run_experiment
 
-    results = run_experiment(config, name=config_file.stem)
+    results = run_experiment(config, name=name)
+    main = processes.is_main()
+    processes.end()
+    if not main:
+        return
     paths = write_report(results, Path(config.training.output_dir))
     stdout().print(_table(results))
     for path in paths:

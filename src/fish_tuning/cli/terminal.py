@@ -36,6 +36,11 @@ Overrides = Annotated[
 ]
 
 
+def process_rank() -> int:
+    """The number of this process among those that a launcher has started together, or 0."""
+    return int(os.environ.get("RANK", 0))
+
+
 def stdout() -> Console:
     """What a command was asked for."""
     from rich.console import Console
@@ -87,7 +92,7 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self.said:
+        if message not in self.said and process_rank() == 0:
             self.said.add(message)
             say(f"note: {message}")
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _ADAPTER = "adapter_model.safetensors"
 
 
-def newest_complete(folder: Path, *, masked: bool) -> Path | None:
+def newest_complete(folder: Path, *, masked: bool, processes: int = 1) -> Path | None:
     """Find the newest checkpoint that training can go on from; remove those that it cannot.
 
     A process may be killed at any moment, also while it writes a checkpoint or deletes one.
@@ -26,6 +26,7 @@ def newest_complete(folder: Path, *, masked: bool) -> Path | None:
     Args:
         folder: The output folder of a transformers Trainer.
         masked: Whether a mask belongs to each checkpoint.
+        processes: How many processes are to go on: as many have to have left their random states.
 
     Returns:
         The checkpoint's folder, or None.
@@ -36,7 +37,7 @@ def newest_complete(folder: Path, *, masked: bool) -> Path | None:
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     for _, path in sorted(found, reverse=True):
-        problem = _problem(path, masked)
+        problem = _problem(path, masked, processes)
         if problem is None:
             return path
         logger.info("%s is left out: %s", path, problem)
@@ -44,13 +45,16 @@ def newest_complete(folder: Path, *, masked: bool) -> Path | None:
     return None
 
 
-def _problem(path: Path, masked: bool) -> str | None:
+def _problem(path: Path, masked: bool, processes: int) -> str | None:
     try:
         state = json.loads((path / "trainer_state.json").read_bytes())
         if state["global_step"] >= state["max_steps"]:
             # Resumed at the end of training, in the middle of an epoch, Trainer takes a step more.
             return "it is the end of training"
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        states = [f"rng_state_{rank}.pth" for rank in range(processes)]
+        if processes == 1:
+            states = ["rng_state.pth"]
+        for name in ("optimizer.pt", "scheduler.pt", *states):
             with zipfile.ZipFile(path / name) as file:
                 if (damaged := file.testzip()) is not None:
                     return f"{name}: {damaged} is damaged"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fish_tuning.experiments import processes
+
 _PACKAGES = (
     "fish-tuning",
     "torch",
@@ -51,7 +53,7 @@ def commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, memory, accelerator and system."""
+    """Processor, memory, accelerator, system, and the processes that trained together."""
     import psutil
 
     found: dict[str, Any] = {
@@ -60,6 +62,7 @@ def hardware() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "processes": processes.count(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

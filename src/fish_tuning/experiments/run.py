@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fish_tuning.experiments import environment, training
+from fish_tuning.experiments import environment, processes, training
 from fish_tuning.experiments.arms import Arm, arm_counts, planned
 from fish_tuning.experiments.checks import check_model, check_training_args
 from fish_tuning.experiments.config import check_output_dir
@@ -55,6 +55,10 @@ def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
     kind, it skips the finished runs, goes on with the interrupted one from its last whole
     checkpoint, and tries failed ones again.
 
+    Where a launcher has started several processes, all of them call: they train each run together,
+    and the first one writes. A run that fails in all of them is recorded and the others go on; one
+    that fails in some only ends the program.
+
     Args:
         config: The experiment.
         name: Its name in the results.
@@ -63,18 +67,25 @@ def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
         The records of all runs.
 
     Raises:
-        ConfigError: Something in the config, the model or the data is wrong, or another process
-            runs in the same folder. Before anything is trained, and nothing has been written.
+        ConfigError: Something in the config, the model or the data is wrong, another sweep runs
+            in the same folder, or its runs are of another number of processes. Before anything
+            is trained, and nothing has been written.
         KeyboardInterrupt: The sweep was interrupted; calling again goes on with it.
     """
-    with _quiet():
+    with _quiet(), contextlib.ExitStack() as stack:
         task = _prepared(config)
         folder = Path(config.training.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), _progress() as progress:
-            for arm in planned(config):
-                _run_unless_finished(arm, task, folder, progress)
-                results = _write_results(config, name, folder)
+
+        def claim() -> None:
+            _check_processes(config, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+
+        processes.in_main(claim)
+        progress = stack.enter_context(_progress())
+        for arm in planned(config):
+            _run_unless_finished(arm, task, folder, progress)
+            results = processes.in_main(lambda: _write_results(config, name, folder))
     return results
 
 
@@ -109,8 +120,9 @@ def _run_unless_finished(
     arm: Arm, task: training.Task, output_dir: Path, progress: Progress
 ) -> None:
     folder = output_dir / RUNS_FOLDER / arm.run_id
-    if _finished(folder):
-        training.discard_temporary(folder)
+    if processes.in_main(lambda: _finished(folder)):
+        if processes.is_main():
+            training.discard_temporary(folder)
         return
     title = f"{arm.name}{'' if arm.ratio is None else f' {arm.ratio:g}'}, seed {arm.seed}"
     line = progress.add_task(title, total=None, note="preparing")
@@ -120,15 +132,20 @@ def _run_unless_finished(
         progress.update(line, completed=step, total=total, note=note)
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    error = None
     try:
         run = training.run_arm(arm, task, folder, report)
     # A run may fail in whatever way; the others go on.
-    except Exception as error:
-        logger.error("%s failed: %s: %s", title, type(error).__name__, error)
+    except Exception as caught:
+        error = caught
         logger.debug("%s failed", title, exc_info=True)
+    if (error := processes.agree_on(error)) is not None:
+        logger.error("%s failed: %s: %s", title, type(error).__name__, error)
         run = training.failed_run(arm, task, error, started)
-    write_json(folder / RUN_FILE, run)
-    training.discard_temporary(folder)
+    if processes.is_main():
+        write_json(folder / RUN_FILE, run)
+        training.discard_temporary(folder)
+    del error  # Its traceback holds the run's model.
     training.free_memory()
     _close(progress, line, title, run)
 
@@ -148,6 +165,19 @@ def _finished(folder: Path) -> bool:
         return read_run(folder / RUN_FILE).status == "finished"
     except ConfigError:
         return False
+
+
+def _check_processes(config: ExperimentConfig, folder: Path) -> None:
+    for arm in planned(config):
+        record = folder / RUNS_FOLDER / arm.run_id / RUN_FILE
+        if _finished(record.parent):
+            before = read_run(record).hardware.get("processes", 1)
+            if before != processes.count():
+                raise ConfigError(
+                    f"training.output_dir: number of processes: {before} trained the runs in "
+                    f"{str(folder)!r} and now there are {processes.count()}, whose batches would "
+                    "be of another size; start as many, or choose another folder"
+                )
 
 
 def _write_results(config: ExperimentConfig, name: str, folder: Path) -> Results:
@@ -200,7 +230,7 @@ def _quiet() -> Iterator[None]:
 
 def _progress() -> Progress:
     """One line a run; where nothing can be redrawn, a line when a run ends."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not processes.is_main())
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -208,5 +238,5 @@ def _progress() -> Progress:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and processes.is_main()),
     )

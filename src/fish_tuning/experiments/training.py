@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from fish_tuning.experiments import environment
+from fish_tuning.experiments import environment, processes
 from fish_tuning.experiments.arms import Arm, Counts, add_adapter, trainable_tensors
 from fish_tuning.experiments.checkpoints import newest_complete
 from fish_tuning.experiments.data import TaskData
@@ -112,6 +112,10 @@ def training_arguments(
         args["greater_is_better"] = name != "loss" and greater_is_better(name)
     args.setdefault("report_to", "none")
     args.setdefault("save_total_limit", 2)
+    args.setdefault("log_level_replica", "error")
+    # For losses that are a mean over a batch's tokens. Those of classifiers would be multiplied
+    # by the number of processes.
+    args.setdefault("average_tokens_across_devices", False)
     args.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     args |= {
         "output_dir": str(folder.absolute()),
@@ -136,7 +140,8 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
     """Carry out one run, going on from where an earlier attempt was interrupted.
 
     All arms of a seed get the same head, and where their ranks agree the same adapter: the seed
-    is set anew before each of them is made, and again before training.
+    is set anew before each of them is made, and again before training. Where there are several
+    processes, all of them call; the main one writes.
 
     Args:
         arm: The arm.
@@ -160,15 +165,21 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
 
     selection = None
     if arm.criterion is not None:
-        selection = Selection.load(folder / SELECTION_FOLDER)
+        selection = processes.in_main(lambda: Selection.load(folder / SELECTION_FOLDER))
         if selection is None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            if processes.is_main():
+                shutil.rmtree(checkpoints, ignore_errors=True)
             selection = _select(model, arm, task, args)
-            selection.save(folder / SELECTION_FOLDER)
+            if processes.is_main():
+                selection.save(folder / SELECTION_FOLDER)
 
     measurements = Measurements(start, counts.trainable, report)
     trainer = _trainer(model, task, args, selection.mask if selection else None, [measurements])
-    checkpoint = newest_complete(checkpoints, masked=selection is not None)
+    checkpoint = processes.in_main(
+        lambda: newest_complete(
+            checkpoints, masked=selection is not None, processes=processes.count()
+        )
+    )
     set_seed(arm.seed)
     with measurements.memory:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -180,9 +191,14 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
     final = trainer.evaluate()
 
     adapter = folder / ADAPTER_FOLDER
-    shutil.rmtree(adapter, ignore_errors=True)
     unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
-    unwrapped.save_pretrained(str(adapter))
+
+    def save() -> int:
+        shutil.rmtree(adapter, ignore_errors=True)
+        unwrapped.save_pretrained(str(adapter))
+        return (adapter / "adapter_model.safetensors").stat().st_size
+
+    adapter_bytes = processes.in_main(save)
     return Run(
         run_id=arm.run_id,
         arm=arm.name,
@@ -210,7 +226,7 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
         score_seconds=selection.seconds if selection else 0.0,
         peak_memory_bytes=measurements.memory.peak,
         peak_memory_of=measurements.memory.of,
-        adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
+        adapter_bytes=adapter_bytes,
         adapter=(Path(folder.parent.name) / folder.name / ADAPTER_FOLDER).as_posix(),
         mask_density=_densities(selection.mask) if selection else [],
         score_histograms=selection.histograms if selection else [],
@@ -330,7 +346,7 @@ class _Reallocation(TrainerCallback):
 def _total_steps(args: TrainingArguments, examples: int) -> int:
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(examples / args.train_batch_size)
+    batches = math.ceil(examples / (args.train_batch_size * processes.count()))
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
