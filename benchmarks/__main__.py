@@ -6,6 +6,8 @@ import gc
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,17 +68,17 @@ def main(
         raise typer.BadParameter(f"{device!r}: this machine has no accelerator")
     if (tiny or only) and output is None:
         raise typer.BadParameter("a part or a tiny run is no result: give it an --output")
-    # What libraries say of random weights and short training belongs to no table.
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     console = Console()
     setting = Setting(device, tiny)
     results = Results(environment(device))
     for name in only or CASES:
         start = time.perf_counter()
-        for row in CASES[name](setting):
-            results.rows.append(row)
-            console.print(" | ".join(row.cells()), markup=False, highlight=False, soft_wrap=True)
+        with _quiet():
+            for row in CASES[name](setting):
+                results.rows.append(row)
+                console.print(
+                    " | ".join(row.cells()), markup=False, highlight=False, soft_wrap=True
+                )
         gc.collect()
         console.print(f"{name}: {time.perf_counter() - start:.0f} s", style="dim", highlight=False)
     path = output or RESULTS / f"{device.partition(':')[0]}.json"
@@ -90,6 +92,19 @@ def main(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     results.save(path)
     console.print(f"table: {path.with_suffix('.md')}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries say of random weights and short training belongs to no table."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def environment(device: str) -> dict[str, Any]:
