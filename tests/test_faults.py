@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -389,23 +388,16 @@ def test_two_thousand_cycles(tmp_path):
             _cycle(model, mask, inputs, tmp_path)
         gc.collect()
         files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-        return tracemalloc.get_traced_memory()[0], len(gc.get_objects()), tensors_alive(), files
+        return len(gc.get_objects()), tensors_alive(), files
 
-    tracemalloc.start()
-    try:
-        measured(100)
-        before = measured(100)
-        after = measured(1800)
-    finally:
-        tracemalloc.stop()
-    print("bytes, objects, tensors, files:", before, after)
-    # A kibibyte a cycle would be 1.8 MB, an object a cycle 1,800.
-    assert after[0] - before[0] < 200_000
-    assert after[1] - before[1] < 500
-    assert after[2] == before[2]
-    assert after[3] == before[3]
+    measured(100)
+    before = measured(100)
+    after = measured(1800)
+    # An object a cycle would be 1,800.
+    assert after[0] - before[0] < 500
+    assert after[1:] == before[1:]
 
 
 def tensors_alive():
-    """Tensors, whose memory tracemalloc does not see."""
+    """Tensors, a few of which may hold much memory."""
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
