@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all bench bench-gpu lint clean
+.PHONY: help quickstart test test-all fuzz bench bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: lint ## lint and the quick tests
 
 test-all: lint ## lint and every test, the slow ones too
 	$(PYTEST) -m "slow or not slow"
+
+fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
+	$(BIN)/python -m tests.fuzz 600
 
 # glibc keeps freed memory: whether it gives some back between two steps is an accident of the heap.
 BENCH := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python -m benchmarks

@@ -67,3 +67,14 @@ def test_links_lead_somewhere(page):
         file, _, anchor = target.partition("#")
         assert not file or (page.parent / file).is_file(), target
         assert file or anchor in headings, target
+
+
+def test_faults_are_provoked():
+    """Guards the page of faults against rows whose test is gone."""
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 40
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    assert all("::test_" in row for row in rows if not row.startswith("| fault |"))

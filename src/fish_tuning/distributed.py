@@ -3,7 +3,7 @@
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ class Processes:
 
         Raises:
             ValueError: The parameters differ between the processes, or the batches do.
-            RuntimeError: The block failed in another process; the message has its error.
+            RuntimeError: The block failed in another process; the message has its error. Or
+                another process has ended.
         """
         if self.size == 1:
             yield ((True, batch) for batch in loader)
@@ -60,7 +61,8 @@ class Processes:
             with _undivided(loader) as whole:
                 yield self._shares(whole)
         except Exception as error:
-            self._gather((f"{type(error).__name__}: {error}", self._seen))
+            with suppress(RuntimeError):  # Others may have ended; this error is the cause here.
+                self._gather((f"{type(error).__name__}: {error}", self._seen))
             raise
         reports = self._gather((None, self._seen))
         for rank, (failure, _) in enumerate(reports):
@@ -82,8 +84,9 @@ class Processes:
     def add(self, sums: Iterable[Tensor]) -> None:
         """Replaces the sums of each process by those over all, in place: the same everywhere."""
         if self.size > 1:
-            for total in sums:
-                dist.all_reduce(total)
+            with _all_answering():
+                for total in sums:
+                    dist.all_reduce(total)
 
     def _gather(self, value: Any) -> list[Any]:
         return _gather(value, next(iter(self._parameters.values())).device)
@@ -177,9 +180,23 @@ def _gather(value: Any, device: torch.device) -> list[Any]:
     """The values of all processes, by rank."""
     values: list[Any] = [None] * dist.get_world_size()
     # NCCL sends from the current device, which is the first one wherever nobody has set it.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, _all_answering():
         dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def _all_answering() -> Iterator[None]:
+    """Says what it means when an exchange between the processes fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise RuntimeError(
+            "another process has ended or does not answer: look at what it said, and at what "
+            f"killed it (often the system, out of memory). Here: {said}"
+        ) from error
 
 
 def _sharding_engine(model: nn.Module) -> str | None:

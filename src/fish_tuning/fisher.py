@@ -1,7 +1,9 @@
 """Fisher information of every trainable parameter, from a model and a few batches."""
 
+import gc
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -15,7 +17,7 @@ from fish_tuning.batches import Batch, Forward, batch_size, parts_by_length, tak
 from fish_tuning.distributed import Processes, unwrapped
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction, Objective
-from fish_tuning.per_example import NoRuleError, PerExampleGradients, zeros_for
+from fish_tuning.per_example import Added, NoRuleError, PerExampleGradients, zeros_for
 from fish_tuning.selection import LORA_SIDE
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ def calculate_fisher_information(
     *one example*: batch size, padding and the order of the examples do not change the scores.
     The gradients of a batch take one backward pass; a model with a parameter for which that has
     no rule is scored one example at a time, and a warning says so.
+    Where memory does not suffice for a batch it is scored in halves, and so are those after it: a
+    warning says so, and the scores are the same.
 
     Labels are read and losses computed as transformers models do: single-label classification,
     multi-label classification, regression, token classification, causal and sequence-to-sequence
@@ -78,7 +82,8 @@ def calculate_fisher_information(
         token_reduction: The log-likelihood of an example with many labelled tokens: their "mean",
             as models are trained, or their "sum", log p of the whole sequence.
         loss_fn: For other models: `loss_fn(outputs, batch)` returns one loss an example, (b,).
-            `batch` is the whole batch on the model's device.
+            `batch` is the whole batch on the model's device; it is not divided where memory
+            does not suffice.
         seed: Seeds the drawn labels; each example has its own stream.
         progress: Whether to show a progress bar.
 
@@ -91,6 +96,7 @@ def calculate_fisher_information(
             a loss is not finite, or an argument is out of range; the parameters are sharded, or
             the processes have different models or batches.
         RuntimeError: Another process failed.
+        torch.OutOfMemoryError: Memory does not suffice for one example alone.
     """
     model = unwrapped(model)
     for name, value, allowed in (
@@ -120,7 +126,7 @@ def calculate_fisher_information(
         loss_fn=loss_fn,
         seed=seed,
     )
-    scorer: _OnePass | _OneByOne | None = None
+    sums: _Sums | None = None
     count = 0
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
     processes = Processes(parameters)
@@ -137,32 +143,28 @@ def calculate_fisher_information(
             if num_samples is not None and count + size > num_samples:
                 size = num_samples - count
                 batch = take(batch, slice(size))
-            if scorer is None and objective.has_label(batch):
-                scorer = _scorer_for(model, parameters, objective, batch)
-            if scorer is not None and own:
+            if sums is None and objective.has_label(batch):
+                sums = _Sums(_scorer_for(model, parameters, objective, batch), loss_fn is None)
+            if sums is not None and own:
                 numbers = range(count, count + size)
                 parts: Iterable[tuple[Batch, Sequence[int]]] = [(batch, numbers)]
                 if loss_fn is None and on_cpu:
                     parts = parts_by_length(batch, numbers, CPU_PART)
                 for part, of_part in parts:
-                    try:
-                        scorer.add(part, of_part)
-                    except NoRuleError as reason:
-                        # Raised before anything of this part is in the sums.
-                        scorer = _one_by_one(parameters, objective, reason, scorer.sums)
-                        scorer.add(part, of_part)
+                    sums.add(part, of_part)
             count += size
             bar.update(size)
             if count == num_samples:
                 break
         if count == 0:
             raise ValueError("the calibration dataloader is empty: give at least one example")
-        if scorer is None:
+        if sums is None:
             raise ValueError(f"all labels of the {count} calibration examples are -100")
-    processes.add(scorer.sums.values())
+    totals = sums.scorer.sums
+    processes.add(totals.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
-    scores = {name: total.div_(count) for name, total in scorer.sums.items()}
+    scores = {name: total.div_(count) for name, total in totals.items()}
     _report_zeros(scores)
     return scores
 
@@ -209,6 +211,7 @@ def score_with_perturbed_b(
     Raises:
         ValueError: As in `calculate_fisher_information`; `std` is not above 0.
         RuntimeError: As there.
+        torch.OutOfMemoryError: As there.
     """
     if not std > 0:
         raise ValueError(f"std={std}: above 0")
@@ -246,18 +249,103 @@ def _opposite_side(name: str) -> str:
     return name[: match.start(1)] + ("A" if match[1] == "B" else "B") + name[match.end(1) :]
 
 
+class _Sums:
+    """Adds parts of batches to a scorer's sums: smaller ones once memory did not suffice.
+
+    Args:
+        scorer: What adds a part that fits.
+        divisible: Whether a part may be divided.
+    """
+
+    def __init__(self, scorer: "_OnePass | _OneByOne", divisible: bool) -> None:
+        self.scorer = scorer
+        self._divisible = divisible
+        self._most: float = float("inf")
+
+    def add(self, batch: Batch, numbers: Sequence[int], added: Added | None = None) -> None:
+        """Adds a part, whole or in halves.
+
+        Args:
+            batch: Examples.
+            numbers: Their numbers in the calibration set.
+            added: What an attempt that failed has added of them already.
+
+        Raises:
+            torch.OutOfMemoryError: Memory does not suffice for one example.
+        """
+        added = Counter() if added is None else added
+        if len(numbers) <= self._most and self._fits(batch, numbers, added):
+            return
+        middle = (len(numbers) + 1) // 2
+        for rows in (slice(0, middle), slice(middle, len(numbers))):
+            of_half = {key: min(max(n - rows.start, 0), middle) for key, n in added.items()}
+            self.add(take(batch, rows), numbers[rows], Counter(of_half))
+
+    def _fits(self, batch: Batch, numbers: Sequence[int], added: Added) -> bool:
+        """Adds a part unless memory does not suffice; `added` says how far it came then."""
+        try:
+            try:
+                self.scorer.add(batch, numbers, added)
+            except NoRuleError as reason:
+                self.scorer = self.scorer.one_by_one(reason)
+                self.scorer.add(batch, numbers, added)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+            if len(numbers) == 1 or not self._divisible:
+                which = f"calibration example {numbers[0]} alone"
+                if len(numbers) > 1:
+                    which = f"{len(numbers)} calibration examples at a time, as a loss_fn gets them"
+                raise torch.OutOfMemoryError(
+                    f"memory does not suffice to score {which}: shorten the examples, make the "
+                    "batches smaller, score fewer parameters, or free memory that others hold "
+                    f"({said})"
+                ) from error
+            self._most = (len(numbers) + 1) // 2
+            logger.warning(
+                "Memory does not suffice for %d examples at a time: scoring goes on with %d (%s)",
+                len(numbers),
+                self._most,
+                said,
+            )
+        else:
+            return True
+        # Only now: the error held the frames of the failed attempt, and with them its tensors.
+        gc.collect()
+        return False
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator failed; that of the processor has no error class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        allocator in str(error)
+        for allocator in ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out")
+    )
+
+
 class _OnePass:
     """One backward pass a batch."""
 
-    def __init__(self, gradients: PerExampleGradients, objective: Objective) -> None:
-        self.gradients, self.objective = gradients, objective
-        self.sums = gradients.sums
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        objective: Objective,
+        gradients: PerExampleGradients,
+    ) -> None:
+        self.parameters, self.objective = parameters, objective
+        self.gradients, self.sums = gradients, gradients.sums
 
-    def add(self, batch: Batch, numbers: Sequence[int]) -> None:
-        with self.gradients.watching(batch_size(batch)):
+    def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
+        """Adds what `added` does not have yet, and enters it there."""
+        with self.gradients.watching(batch_size(batch), added):
             losses = self.objective(batch, numbers)
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
                 self.gradients.backward(loss, retain_graph=left > 0)
+
+    def one_by_one(self, reason: object) -> "_OneByOne":
+        """What goes on where this has no rule."""
+        return _one_by_one(self.parameters, self.objective, reason, self.sums)
 
 
 class _OneByOne:
@@ -272,20 +360,26 @@ class _OneByOne:
         self.parameters, self.objective = parameters, objective
         self.sums = zeros_for(parameters) if sums is None else sums
 
-    def add(self, batch: Batch, numbers: Sequence[int]) -> None:
+    def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
+        """Adds what `added` does not have yet, and enters it there."""
         for i, number in enumerate(numbers):
             losses = self.objective(take(batch, slice(i, i + 1)), [number])
-            for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
+            for j, loss in enumerate(losses):
                 gradients = torch.autograd.grad(
                     loss.sum(),
                     [*self.parameters.values()],
-                    retain_graph=left > 0,
+                    retain_graph=j + 1 < len(losses),
                     allow_unused=True,
                 )
-                for total, gradient in zip(self.sums.values(), gradients, strict=True):
-                    if gradient is not None:
+                for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
+                    if gradient is not None and added[name, j] <= i:
                         # Not in place: autograd gives parameters that are added one gradient.
                         total += gradient.to(total.dtype).abs().pow_(self.objective.power)
+                        added[name, j] = i + 1
+
+    def one_by_one(self, reason: object) -> "_OneByOne":
+        """Itself: no rule is needed."""
+        return self
 
 
 def _scorer_for(
@@ -307,7 +401,7 @@ def _scorer_for(
         return _one_by_one(parameters, objective, error)
     if gradients is None or not objective.by_example:
         return _one_by_one(parameters, objective, reason)
-    return _OnePass(gradients, objective)
+    return _OnePass(parameters, objective, gradients)
 
 
 def _one_by_one(

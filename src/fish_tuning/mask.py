@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -50,7 +51,7 @@ class FishMask(Mapping[str, Tensor]):
         try:
             # Through JSON at once: a mask read back has the same provenance as the one saved.
             text = json.dumps(dict(provenance or {}), allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The provenance of a FishMask must fit in JSON: {error}.") from error
         self.provenance: dict[str, Any] = json.loads(text)
 
@@ -311,12 +312,14 @@ def _fault(path: Path, problem: str) -> ValueError:
 
 def _read_bits(path: Path, content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
-        bits = safetensors.torch.load(content).get("bits")
+        # Without torch, which does not have all of the format's types.
+        tensors = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+        bits = dict(tensors).get("bits")
     except SafetensorError as error:
         raise _fault(path, f"it is not a whole safetensors file ({error})") from error
-    if bits is None or bits.dtype != torch.uint8 or bits.dim() != 1:
+    if bits is None or bits["dtype"] != "U8" or len(bits["shape"]) != 1:
         raise _fault(path, 'it has no flat uint8 tensor "bits"')
-    return bits.numpy()
+    return np.frombuffer(bits["data"], np.uint8)
 
 
 def _read_record(path: Path, content: bytes) -> dict[str, Any]:
@@ -361,5 +364,6 @@ def _is_entry(entry: object) -> bool:
         and isinstance(shape := entry.get("shape"), list)
         and all(type(size) is int and size >= 0 for size in shape)
         # What torch can hold: a zero elsewhere in the shape must not hide a size beyond it.
+        and len(shape) <= 64
         and math.prod(max(size, 1) for size in shape) < 2**63
     )

@@ -6,7 +6,7 @@ the parameters are all it takes. Each rule below is such a product, by type of m
 """
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 CHUNK_ENTRIES = 2**24
 """Entries of per-example gradients alive at once: wide layers go a few examples at a time."""
+
+
+Added = Counter[tuple[str, int]]
+"""By parameter and number of the loss: how many of a batch's examples, the first ones, the sums
+have already. An attempt that ran out of memory leaves it to the next one."""
 
 
 class NoRuleError(Exception):
@@ -140,7 +145,8 @@ class PerExampleGradients:
                         kind = type(module).__name__
                         raise NoRuleError(f"{name}, {attribute!r} of a {kind}, has no rule")
                     self._owned[module].append((name, rule))
-        self._size = 0
+        self._size, self._loss = 0, 0
+        self._added: Added = Counter()
         self._roots: list[Tensor] = []
         self._expected: dict[str, int] = defaultdict(int)
         self._arrived: dict[str, list[tuple[_Use, Rule]]] = defaultdict(list)
@@ -180,14 +186,16 @@ class PerExampleGradients:
             )
 
     @contextmanager
-    def watching(self, size: int) -> Iterator[None]:
-        """Inside the block the model is called with a batch and `backward` is called.
+    def watching(self, size: int, added: Added | None = None) -> Iterator[None]:
+        """Inside the block the model is called with a batch and `backward` for each of its losses.
 
         Args:
             size: The number of examples. A module that is called with another number of rows
                 (positions shared by the batch) raises `NoRuleError` then and there.
+            added: What is left out, as the sums have it; what is added is entered.
         """
-        self._size = size
+        self._size, self._loss = size, 0
+        self._added = Counter() if added is None else added
         try:
             with self._hooked(self._on_forward):
                 yield
@@ -235,7 +243,7 @@ class PerExampleGradients:
 
         Raises:
             NoRuleError: The sum over the examples is not the gradient of the batch; `sums` is 0
-                again then.
+                again then, as after any other error of the first call.
         """
         total = losses.sum()
         if self._checked:
@@ -243,17 +251,23 @@ class PerExampleGradients:
             # others and computes no weight gradient.
             targets = self._roots if self._roots_suffice else [*self._parameters.values()]
             self._backward(total, targets, retain_graph)
+            self._loss += 1
             return
         self._roots_suffice = _leaves(total) <= {id(p) for p in self._parameters.values()}
-        self._totals = zeros_for(self._parameters)
-        gradients = self._backward(total, [*self._parameters.values()], retain_graph)
         try:
+            self._totals = zeros_for(self._parameters)
+            gradients = self._backward(total, [*self._parameters.values()], retain_graph)
             self._compare(self._totals, gradients)
-        except NoRuleError:
+        except Exception:
+            # Nothing was in the sums before. Cleared, so that another attempt compares all of it.
             for wrong in self.sums.values():
                 wrong.zero_()
+            self._added.clear()
             raise
-        self._totals, self._checked = None, True
+        finally:
+            self._totals = None
+        self._checked = True
+        self._loss += 1
 
     @torch.no_grad()
     def _backward(
@@ -304,21 +318,27 @@ class PerExampleGradients:
                 (g.norm() * (_norm(x) + g.numel() ** 0.5) for _, _, x, g in factors),
                 start=sums.new_zeros(()),
             )
+        key, batch = (name, self._loss), len(factors[0][2])
+        first = self._added[key]
         if all(rule is _embedding_weight for _, rule, _, _ in factors):
-            self._accumulate_rows(factors, sums, totals)
+            if first < batch:
+                rows = [(module, rule, x[first:], g[first:]) for module, rule, x, g in factors]
+                self._accumulate_rows(rows, sums, totals)
+                self._added[key] = batch
             return
-        batch = len(factors[0][2])
         step = max(1, CHUNK_ENTRIES // sums.numel())
-        for start in range(0, batch, step):
+        whole = first == 0 and step >= batch
+        for start in range(first, batch, step):
             part = slice(start, start + step)
             gradients = None
             for module, rule, x, g in factors:
-                of_use = rule(module, x[part], g[part]) if step < batch else rule(module, x, g)
+                of_use = rule(module, x, g) if whole else rule(module, x[part], g[part])
                 gradients = of_use if gradients is None else gradients + of_use
             assert gradients is not None
             if totals is not None:
                 totals += gradients.sum(0)
             sums += self._raised(gradients).sum(0)
+            self._added[key] = min(start + step, batch)
 
     def _accumulate_rows(
         self, factors: list[tuple[nn.Module, Rule, Tensor, Tensor]], sums: Tensor, totals: Any

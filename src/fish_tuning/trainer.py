@@ -1,5 +1,6 @@
 """FISH-Tuning in transformers' training loop: a callback, and a Trainer that brings it along."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from fish_tuning.card import write_card
 from fish_tuning.mask import FishMask
 from fish_tuning.sparse import apply_mask, get_mask, masked_parameters
+
+logger = logging.getLogger(__name__)
 
 
 class FishTuningCallback(TrainerCallback):
@@ -26,6 +29,7 @@ class FishTuningCallback(TrainerCallback):
 
     def __init__(self, mask: Mapping[str, Tensor] | None = None) -> None:
         self.mask = mask
+        self._diverged = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Applies the mask.
@@ -61,6 +65,24 @@ class FishTuningCallback(TrainerCallback):
             raise RuntimeError(
                 "the optimizer was built before the mask was applied and holds none of the "
                 "selected values: apply the mask first, or let the Trainer build the optimizer"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warns, once, when a trained value is no number any more: the logged loss may hide it."""
+        if self._diverged or args.deepspeed or args.fsdp:
+            return
+        values = masked_parameters(kwargs["model"])
+        wrong = sum(int((~value.detach().isfinite()).sum()) for value in values)
+        if wrong:
+            self._diverged = True
+            logger.warning(
+                "Training has diverged: at step %d, %d of %d selected values are not finite, and "
+                "they will stay so. Stop, and go on from an earlier checkpoint with a lower "
+                "learning rate (Trainer's logging_nan_inf_filter leaves such losses out of its "
+                "log)",
+                state.global_step,
+                wrong,
+                sum(value.numel() for value in values),
             )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.errors import ConfigError
@@ -146,12 +146,13 @@ R = TypeVar("R", Results, Run)
 
 def _read(path: Path, kind: type[R]) -> R:
     try:
-        content = json.loads(path.read_bytes())
+        # Stricter than json: what it accepts, a lone surrogate say, can be written again.
+        content = from_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name a results folder"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{path}: is not whole JSON ({error}); run the experiment again"
         ) from None

@@ -28,7 +28,7 @@ from transformers import (
 
 from fish_tuning.experiments import environment, processes
 from fish_tuning.experiments.arms import Arm, Counts, add_adapter, trainable_tensors
-from fish_tuning.experiments.checkpoints import newest_complete
+from fish_tuning.experiments.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.data import TaskData
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.measurements import Measurements, Report, snapshot
@@ -174,7 +174,8 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
                 selection.save(folder / SELECTION_FOLDER)
 
     measurements = Measurements(start, counts.trainable, report)
-    trainer = _trainer(model, task, args, selection.mask if selection else None, [measurements])
+    callbacks = [measurements, DatedByStep()]
+    trainer = _trainer(model, task, args, selection.mask if selection else None, callbacks)
     checkpoint = processes.in_main(
         lambda: newest_complete(
             checkpoints, masked=selection is not None, processes=processes.count()

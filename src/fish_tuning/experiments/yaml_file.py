@@ -12,6 +12,9 @@ import yaml
 
 from fish_tuning.experiments.errors import ConfigError
 
+_MOST_NODES = 100_000
+"""Values of a file with its aliases written out: a few lines can stand for billions."""
+
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """The safe loader with YAML 1.2's plain scalars, refusing a key given twice.
@@ -20,6 +23,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def compose_document(self) -> yaml.Node | None:
+        root = super().compose_document()
+        if root is not None and _written_out(root, {}) > _MOST_NODES:
+            raise ValueError(f"with its aliases written out it has over {_MOST_NODES:,} values")
+        return root
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -32,6 +41,22 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
                     )
                 seen.add(key.value)
         return node
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes at and below this one, each alias counted as all that it stands for."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        # Nothing later could walk through an alias to the node it stands in.
+        sizes[id(node)] = -1
+        below = node.value
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in below for part in pair]
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in below)
+    if sizes[id(node)] < 0:
+        raise ValueError("Circular reference")
+    return sizes[id(node)]
 
 
 for _tag, _pattern, _first in (
@@ -85,17 +110,18 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         content = yaml.load(text, _Loader)
-        # Refuses an alias to the mapping it stands in, which nothing later could walk through.
+        # Refuses what nothing later could show: a date as a key, thousands of digits.
         json.dumps(content, default=str)
         return content
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{source}{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{source}: is no valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{source}: is nested too deeply") from None
+    # PyYAML's constructors raise whatever a tag on the wrong value (!!int "") makes them meet.
+    except Exception as error:
+        raise ConfigError(f"{source}: is no valid YAML: {error}") from None
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -61,6 +61,10 @@ DTYPES = {
 }
 
 
+Latin1 = Annotated[str, Field(pattern=r"^[\x00-\xff]*$")]
+"""Bytes, decoded as Latin-1."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -80,10 +84,10 @@ class Record(_Strict):
     """Everything that is not numbers. Texts of files are decoded as Latin-1, which keeps bytes."""
 
     weights_name: WeightsName
-    weights_header: str = Field(description="The safetensors header of the weights file.")
+    weights_header: Latin1 = Field(description="The safetensors header of the weights file.")
     weights_sha256: str = Field(description="SHA-256 of the whole weights file, in hex.")
-    mask_header: str = Field(description="The safetensors header of fish_mask.safetensors.")
-    texts: dict[TextName, str] = Field(description="Small files as they are.")
+    mask_header: Latin1 = Field(description="The safetensors header of fish_mask.safetensors.")
+    texts: dict[TextName, Latin1] = Field(description="Small files as they are.")
     tensors: list[Plan] = Field(description="One for each tensor, in the order of the data.")
     seed: int | None = Field(description="What torch is seeded with before the adapter is added.")
     versions: dict[str, str] = Field(description="Of the packages that rebuild from the seed.")
