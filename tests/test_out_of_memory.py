@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fish_tuning import calculate_fisher_information, fisher
+from fish_tuning import calculate_fisher_information, sums
 from tests.models import assert_scores_close, batches_of, examples_for, tiny_bert, with_lora
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
@@ -52,7 +52,7 @@ def attempts(monkeypatch):
 
     found = Attempts()
     found.sizes = []
-    for scorer in (fisher._OnePass, fisher._OneByOne):
+    for scorer in (sums.OnePass, sums.OneByOne):
         monkeypatch.setattr(scorer, "add", watched(scorer.add))
     return found
 

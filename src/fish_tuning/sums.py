@@ -1,0 +1,183 @@
+"""Sums of per-example gradients over batches: in one pass, one by one, or in halves of a batch."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fish_tuning.batches import Batch, batch_size, take
+from fish_tuning.objective import Objective
+from fish_tuning.per_example import Added, NoRuleError, PerExampleGradients, zeros_for
+
+logger = logging.getLogger(__name__)
+
+
+class Sums:
+    """Adds parts of batches to a scorer's sums: smaller ones once memory did not suffice.
+
+    Args:
+        scorer: What adds a part that fits.
+        divisible: Whether a part may be divided.
+    """
+
+    def __init__(self, scorer: OnePass | OneByOne, divisible: bool) -> None:
+        self.scorer = scorer
+        self._divisible = divisible
+        self._most: float = float("inf")
+
+    def add(self, batch: Batch, numbers: Sequence[int], added: Added | None = None) -> None:
+        """Adds a part, whole or in halves.
+
+        Args:
+            batch: Examples.
+            numbers: Their numbers in the calibration set.
+            added: What an attempt that failed has added of them already.
+
+        Raises:
+            torch.OutOfMemoryError: Memory does not suffice for one example.
+        """
+        added = Counter() if added is None else added
+        if len(numbers) <= self._most and self._fits(batch, numbers, added):
+            return
+        middle = (len(numbers) + 1) // 2
+        for rows in (slice(0, middle), slice(middle, len(numbers))):
+            of_half = {key: min(max(n - rows.start, 0), middle) for key, n in added.items()}
+            self.add(take(batch, rows), numbers[rows], Counter(of_half))
+
+    def _fits(self, batch: Batch, numbers: Sequence[int], added: Added) -> bool:
+        """Adds a part unless memory does not suffice; `added` says how far it came then."""
+        try:
+            try:
+                self.scorer.add(batch, numbers, added)
+            except NoRuleError as reason:
+                self.scorer = self.scorer.one_by_one(reason)
+                self.scorer.add(batch, numbers, added)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+            if len(numbers) == 1 or not self._divisible:
+                which = f"calibration example {numbers[0]} alone"
+                if len(numbers) > 1:
+                    which = f"{len(numbers)} calibration examples at a time, as a loss_fn gets them"
+                raise torch.OutOfMemoryError(
+                    f"memory does not suffice to score {which}: shorten the examples, make the "
+                    "batches smaller, score fewer parameters, or free memory that others hold "
+                    f"({said})"
+                ) from error
+            self._most = (len(numbers) + 1) // 2
+            logger.warning(
+                "Memory does not suffice for %d examples at a time: scoring goes on with %d (%s)",
+                len(numbers),
+                self._most,
+                said,
+            )
+        else:
+            return True
+        # Only now: the error held the frames of the failed attempt, and with them its tensors.
+        gc.collect()
+        return False
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator failed; that of the processor has no error class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        allocator in str(error)
+        for allocator in ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out")
+    )
+
+
+class OnePass:
+    """One backward pass a batch."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        objective: Objective,
+        gradients: PerExampleGradients,
+    ) -> None:
+        self.parameters, self.objective = parameters, objective
+        self.gradients, self.sums = gradients, gradients.sums
+
+    def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
+        """Adds what `added` does not have yet, and enters it there."""
+        with self.gradients.watching(batch_size(batch), added):
+            losses = self.objective(batch, numbers)
+            for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
+                self.gradients.backward(loss, retain_graph=left > 0)
+
+    def one_by_one(self, reason: object) -> OneByOne:
+        """What goes on where this has no rule."""
+        return _one_by_one(self.parameters, self.objective, reason, self.sums)
+
+
+class OneByOne:
+    """One backward pass an example: always right, and slower."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        objective: Objective,
+        sums: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.parameters, self.objective = parameters, objective
+        self.sums = zeros_for(parameters) if sums is None else sums
+
+    def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
+        """Adds what `added` does not have yet, and enters it there."""
+        for i, number in enumerate(numbers):
+            losses = self.objective(take(batch, slice(i, i + 1)), [number])
+            for j, loss in enumerate(losses):
+                gradients = torch.autograd.grad(
+                    loss.sum(),
+                    [*self.parameters.values()],
+                    retain_graph=j + 1 < len(losses),
+                    allow_unused=True,
+                )
+                for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
+                    if gradient is not None and added[name, j] <= i:
+                        # Not in place: autograd gives parameters that are added one gradient.
+                        total += gradient.to(total.dtype).abs().pow_(self.objective.power)
+                        added[name, j] = i + 1
+
+    def one_by_one(self, reason: object) -> OneByOne:
+        """Itself: no rule is needed."""
+        return self
+
+
+def scorer_for(
+    model: nn.Module, parameters: dict[str, nn.Parameter], objective: Objective, batch: Batch
+) -> OnePass | OneByOne:
+    """Looks at one example: which loss it has, and whether one pass a batch will do."""
+    gradients = None
+    look: AbstractContextManager[None]
+    reason: str | Exception = "the model's loss is none of those known by example"
+    try:
+        gradients = PerExampleGradients(model, parameters, objective.power)
+        look = gradients.checking_batch_axis()
+    except NoRuleError as error:
+        reason, look = error, nullcontext()
+    try:
+        with look:
+            objective.recognise(batch)
+    except NoRuleError as error:
+        return _one_by_one(parameters, objective, error)
+    if gradients is None or not objective.by_example:
+        return _one_by_one(parameters, objective, reason)
+    return OnePass(parameters, objective, gradients)
+
+
+def _one_by_one(
+    parameters: dict[str, nn.Parameter],
+    objective: Objective,
+    reason: object,
+    sums: dict[str, Tensor] | None = None,
+) -> OneByOne:
+    logger.warning("Scoring one example at a time, which is slower: %s", reason)
+    return OneByOne(parameters, objective, sums)
