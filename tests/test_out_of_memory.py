@@ -125,7 +125,7 @@ def test_a_fault_at_any_operation(kind, attempts, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_at_every_operation(kind, attempts, monkeypatch):
     """Guards the same, many times over."""
-    assert check_faults(kind, attempts, monkeypatch, 200) > 100
+    assert check_faults(kind, attempts, monkeypatch, 200) >= 100
 
 
 @pytest.mark.parametrize("kind", KINDS)
