@@ -398,6 +398,7 @@ def test_all_problems_at_once(tmp_path):
         (b"a: !!python/object/apply:os.system ['true']\n", r"line 1: could not determine a constr"),
         (b"a: \xff\xfe", "is not UTF-8"),
         (b"a: \x00", "is no valid YAML"),
+        (b'a: "\\ud800"', "is no valid YAML: .* surrogates not allowed"),
         (b"? [1]\n: 2\n", "unhashable key"),
         (b"model: &a {name: x, config_overrides: *a}\n", "is no valid YAML: Circular reference"),
     ],

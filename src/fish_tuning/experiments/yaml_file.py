@@ -110,8 +110,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         content = yaml.load(text, _Loader)
-        # Refuses what nothing later could show: a date as a key, thousands of digits.
-        json.dumps(content, default=str)
+        # Refuses what nothing later could show: a date as a key, thousands of digits, half of a
+        # surrogate pair.
+        json.dumps(content, default=str, ensure_ascii=False).encode()
         return content
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
