@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fish_tuning.experiments.metrics import KNOWN_METRICS, greater_is_better
@@ -22,6 +22,7 @@ from fish_tuning.experiments.statistics import (
 )
 
 MISSING = "n/a"
+LEARNING_RATES = "Learning rates tried, by the main metric on held-out training examples"
 _MIB = 2**20
 
 
@@ -78,6 +79,34 @@ _PUBLISHED = (
 )
 
 
+def learning_rate_table(
+    results: Results,
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+    """What a search for learning rates has seen: headers, and a row for each arm and budget.
+
+    A cell is the mean of the main metric over the seeds, on the held-out examples; the one that
+    was chosen is marked. None without a search.
+    """
+    metric = _main_metric(results.search)
+    if metric is None:
+        return None
+    values = sorted({run.learning_rate for run in results.search if run.learning_rate is not None})
+    chosen = {(run.arm, run.ratio): run.learning_rate for run in results.runs}
+    rows = []
+    for group in group_runs(results.search):
+        cells = []
+        for value in values:
+            of_value = replace(
+                group, runs=tuple(run for run in group.runs if run.learning_rate == value)
+            )
+            mean = spread(of_value.by_seed(metric).values())
+            text = MISSING if mean is None else f"{mean.mean:.4f}"
+            is_chosen = chosen.get((group.arm, group.ratio)) == value
+            cells.append(f"{text} (chosen)" if is_chosen else text)
+        rows.append((group.label, *cells))
+    return ("Method", *(f"{value:g}" for value in values)), tuple(rows)
+
+
 def shared_notes(comparisons: Iterable[Comparison]) -> list[str]:
     """The notes of several tables, each once."""
     return list(dict.fromkeys(note for comparison in comparisons for note in comparison.notes))
@@ -88,11 +117,13 @@ def compare(results: Results) -> Comparison:
     groups = group_runs(results.runs)
     metric = _main_metric(results.runs)
     published = _find_published(results) if metric == "accuracy" else None
+    searched = any(run.learning_rate is not None for run in results.runs)
     headers = (
         "Method",
         "Train Time (s)",
         "Peak Memory (MiB)",
         "Final Trainable Params",
+        *(["Learning Rate"] if searched else []),
         f"Val {metric_title(metric)}",
         "Seeds",
         f"Difference to {ORIGINAL_LORA}",
@@ -104,6 +135,7 @@ def compare(results: Results) -> Comparison:
             _cell(group, lambda run: run.train_seconds, "{:,.1f}"),
             _cell(group, lambda run: _mebibytes(run.peak_memory_bytes), "{:,.0f}"),
             _cell(group, lambda run: run.trainable_params, "{:,.0f}"),
+            *([_learning_rate(group)] if searched else []),
             MISSING
             if metric is None
             else format_spread(spread(group.by_seed(metric).values()), "{:.4f}"),
@@ -176,6 +208,11 @@ def _difference(group: Group, groups: Sequence[Group], metric: str | None) -> st
     return text
 
 
+def _learning_rate(group: Group) -> str:
+    values = {run.learning_rate for run in group.runs if run.learning_rate is not None}
+    return ", ".join(f"{value:g}" for value in sorted(values)) or MISSING
+
+
 def _notes(
     runs: Sequence[Run],
     groups: Sequence[Group],
@@ -187,6 +224,11 @@ def _notes(
         "evaluation, saving and scoring. Final Trainable Params: scalars that the optimizer held, "
         "head included."
     ]
+    if any(run.learning_rate is not None for run in runs):
+        notes.append(
+            "Learning Rate: chosen for each method and budget on examples held out of the "
+            "training data, before the runs of this table."
+        )
     places = sorted({run.peak_memory_of for run in runs if run.peak_memory_of})
     if places:
         # A process keeps what earlier runs made it ask for.

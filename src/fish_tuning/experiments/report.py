@@ -13,7 +13,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.experiments.comparison import compare, model_and_dataset, shared_notes
+from fish_tuning.experiments.comparison import (
+    LEARNING_RATES,
+    compare,
+    learning_rate_table,
+    model_and_dataset,
+    shared_notes,
+)
 from fish_tuning.experiments.report_html import html_report
 from fish_tuning.experiments.results import Results, Run
 
@@ -96,7 +102,10 @@ def markdown_report(sweeps: Iterable[Results]) -> str:
             f"Model: {_text(model)}. Data: {_text(dataset)}.",
             _table(comparison.headers, comparison.rows) if comparison.rows else "No run yet.",
         ]
-        failed = [run for run in sweep.runs if run.status == "failed"]
+        tried = learning_rate_table(sweep)
+        if tried:
+            parts += [f"{LEARNING_RATES}:", _table(*tried)]
+        failed = [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"]
         if failed:
             items = [
                 f"- {_text(run.run_id)}: {_text(run.error or 'no error was recorded')}"

@@ -10,9 +10,11 @@ from string import Template
 from matplotlib.figure import Figure
 
 from fish_tuning.experiments.comparison import (
+    LEARNING_RATES,
     MISSING,
     Comparison,
     compare,
+    learning_rate_table,
     metric_title,
     model_and_dataset,
     shared_notes,
@@ -131,7 +133,12 @@ def _section(sweep: Results, comparison: Comparison, number: int, heading: bool)
         parts.append(_table(comparison.headers, lines))
     else:
         parts.append("<p>No run yet.</p>")
-    failed = [run for run in sweep.runs if run.status == "failed"]
+    tried = learning_rate_table(sweep)
+    if tried:
+        headers, rows = tried
+        lines = [f"<tr>{_cells(row)}</tr>" for row in rows]
+        parts += [f"<h3>{LEARNING_RATES}</h3>", _table(headers, lines)]
+    failed = [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"]
     if failed:
         parts.append("<h3>Failed runs</h3>")
         for run in failed:

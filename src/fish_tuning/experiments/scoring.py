@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
 from fish_tuning.experiments.measurements import snapshot
 from fish_tuning.experiments.results import ScoreHistogram, write_json
-from fish_tuning.experiments.schema import ExperimentConfig
+from fish_tuning.experiments.schema import ExperimentConfig, SelectionRule
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.mask import FishMask
 from fish_tuning.selection import (
@@ -93,18 +93,19 @@ def select(
         warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
     """
     fish = config.fish_tuning
+    rule = fish.rule_of(arm.variant)
     seed = arm.seed if fish.seed is None else fish.seed
     began = time.perf_counter()
     if arm.criterion == "random":
         scores, histograms = random_scores(trainable_tensors(model), seed), []
     else:
-        rows = np.random.default_rng(seed).permutation(len(train))[: fish.num_samples]
+        rows = np.random.default_rng(seed).permutation(len(train))[: rule.num_samples]
         loader: DataLoader[Any] = DataLoader(
             train.select(rows),
             batch_size=config.training_args.get("per_device_train_batch_size", 8),
             collate_fn=collate,
         )
-        scores = _fisher(model, config, loader, seed, warmup)
+        scores = _fisher(model, rule, loader, seed, warmup)
         histograms = score_histograms(scores)
         if arm.criterion == "reversed":
             scores = reversed_scores(scores)
@@ -114,13 +115,13 @@ def select(
         names_to_exclude=names_left_dense(
             config, {name: tensor.numel() for name, tensor in scores.items()}, budget
         ),
-        scope=fish.scope,
+        scope=rule.scope,
         provenance={
             "criterion": arm.criterion,
-            "scoring_point": fish.scoring_point,
-            "warmup_steps": fish.warmup_steps if fish.scoring_point == "warmup" else None,
-            "estimator": fish.estimator,
-            "num_samples": fish.num_samples,
+            "scoring_point": rule.scoring_point,
+            "warmup_steps": rule.warmup_steps if rule.scoring_point == "warmup" else None,
+            "estimator": rule.estimator,
+            "num_samples": rule.num_samples,
             "seed": seed,
         },
     )
@@ -129,22 +130,21 @@ def select(
 
 def _fisher(
     model: nn.Module,
-    config: ExperimentConfig,
+    rule: SelectionRule,
     loader: DataLoader[Any],
     seed: int,
     warmup: Callable[[int], Trainer],
 ) -> dict[str, Tensor]:
-    fish = config.fish_tuning
-    options: dict[str, Any] = {"estimator": fish.estimator, "seed": seed, "progress": False}
-    if fish.scoring_point == "perturbed":
+    options: dict[str, Any] = {"estimator": rule.estimator, "seed": seed, "progress": False}
+    if rule.scoring_point == "perturbed":
         return score_with_perturbed_b(model, loader, **options)
-    if fish.scoring_point == "start":
+    if rule.scoring_point == "start":
         return calculate_fisher_information(model, loader, **options)
     start = snapshot(model, trainable_tensors(model))
     training = model.training
     try:
-        trainer = warmup(fish.warmup_steps)
-        trainer.add_callback(_StopAfter(fish.warmup_steps))
+        trainer = warmup(rule.warmup_steps)
+        trainer.add_callback(_StopAfter(rule.warmup_steps))
         trainer.train()
         # Mixed precision wraps the forward pass, and would a second time in the training itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

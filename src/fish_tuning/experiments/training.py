@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,15 @@ from transformers import (
 )
 
 from fish_tuning.experiments import environment, processes
-from fish_tuning.experiments.arms import Arm, Counts, add_adapter, trainable_tensors
+from fish_tuning.experiments.arms import (
+    Arm,
+    ArmKey,
+    Counts,
+    add_adapter,
+    trainable_tensors,
+)
 from fish_tuning.experiments.checkpoints import DatedByStep, newest_complete
-from fish_tuning.experiments.data import TaskData
+from fish_tuning.experiments.data import TaskData, hold_out
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.measurements import Measurements, Report, snapshot
 from fish_tuning.experiments.metrics import compute_metrics_for, greater_is_better, main_metric
@@ -66,8 +72,13 @@ class Task:
     train: Dataset
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase
-    counts: Mapping[tuple[str, float | None], Counts]
+    counts: Mapping[ArmKey, Counts]
     commit: str | None
+
+    def holding_out(self, size: int) -> Task:
+        """The same, evaluated on training examples that are not trained on."""
+        train, held_out = hold_out(self.train, "labels", size, self.data.task)
+        return replace(self, train=train, validation=held_out)
 
     @property
     def collate(self) -> DataCollatorWithPadding:
@@ -136,6 +147,12 @@ def training_arguments(
         ) from error
 
 
+def _arguments(arm: Arm, task: Task, folder: Path, **changes: Any) -> TrainingArguments:
+    if arm.learning_rate is not None:
+        changes["learning_rate"] = arm.learning_rate
+    return training_arguments(task.config, folder, arm.seed, task.data.metrics, **changes)
+
+
 def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
     """Carry out one run, going on from where an earlier attempt was interrupted.
 
@@ -159,7 +176,7 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
     config, counts = task.config, task.counts[arm.key]
     metrics = task.data.metrics
     checkpoints = folder / CHECKPOINTS_FOLDER
-    args = training_arguments(config, checkpoints, arm.seed, metrics)
+    args = _arguments(arm, task, checkpoints)
     model, trained = start_of(arm, task, args)
     start = snapshot(model, trained)
 
@@ -205,6 +222,7 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
         arm=arm.name,
         ratio=arm.ratio,
         seed=arm.seed,
+        learning_rate=arm.learning_rate,
         status="finished",
         config=config.model_dump(mode="json"),
         budget=counts.trainable,
@@ -247,6 +265,7 @@ def failed_run(arm: Arm, task: Task, error: Exception, started: str) -> Run:
         arm=arm.name,
         ratio=arm.ratio,
         seed=arm.seed,
+        learning_rate=arm.learning_rate,
         status="failed",
         error=f"{type(error).__name__}: {error}",
         config=task.config.model_dump(mode="json"),
@@ -298,11 +317,10 @@ def start_of(arm: Arm, task: Task, args: TrainingArguments) -> tuple[nn.Module, 
 
 def _select(model: nn.Module, arm: Arm, task: Task, args: TrainingArguments) -> Selection:
     def warmup(steps: int) -> Trainer:
-        without = training_arguments(
-            task.config,
+        without = _arguments(
+            arm,
+            task,
             Path(args.output_dir or "."),
-            arm.seed,
-            task.data.metrics,
             eval_strategy="no",
             save_strategy="no",
             load_best_model_at_end=False,
