@@ -324,10 +324,15 @@ class SelectionRule(_Section):
     num_samples: Positive = Field(
         default=128, description="Training examples that the Fisher scores are computed on."
     )
-    scope: Literal["global", "per_tensor", "balanced"] = Field(
+    start: Literal["given", "fisher"] = Field(
+        default="given",
+        description="What LoRA's A starts from: as PEFT draws it, or the directions in which B "
+        "has the most Fisher information.",
+    )
+    scope: Literal["global", "per_tensor", "balanced", "rank"] = Field(
         default="balanced",
         description="How the budget is shared before the best entries are taken: not at all, by "
-        "tensor size, or in halves to LoRA's A and B.",
+        "tensor size, in halves to LoRA's A and B, or to whole ranks of LoRA.",
     )
     scoring_point: Literal["start", "perturbed", "warmup"] = Field(
         default="perturbed",
@@ -349,8 +354,8 @@ class VariantConfig(_Section):
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
     rule: Annotated[dict[str, Any], Field(min_length=1)] = Field(
-        description="What differs from fish_tuning's own rule: num_samples, scope, scoring_point, "
-        "warmup_steps or estimator."
+        description="What differs from fish_tuning's own rule: num_samples, start, scope, "
+        "scoring_point, warmup_steps or estimator."
     )
 
 

@@ -42,7 +42,7 @@ from fish_tuning.experiments.metrics import compute_metrics_for, greater_is_bett
 from fish_tuning.experiments.models import load_model
 from fish_tuning.experiments.results import Run, TensorDensity
 from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.scoring import Selection, select
+from fish_tuning.experiments.scoring import Selection, prepare_start, select
 from fish_tuning.mask import FishMask
 from fish_tuning.trainer import FishTuningTrainer
 
@@ -128,6 +128,8 @@ def training_arguments(
     # by the number of processes.
     args.setdefault("average_tokens_across_devices", False)
     args.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    # Left to itself, transformers takes bf16 for a wish for an accelerator.
+    args.setdefault("use_cpu", not torch.accelerator.is_available())
     args |= {
         "output_dir": str(folder.absolute()),
         "seed": seed,
@@ -178,10 +180,11 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
     checkpoints = folder / CHECKPOINTS_FOLDER
     args = _arguments(arm, task, checkpoints)
     model, trained = start_of(arm, task, args)
-    start = snapshot(model, trained)
 
-    selection = None
+    selection, score_seconds = None, 0.0
     if arm.criterion is not None:
+        # Before a selection that an interrupted run has left, too: it holds no weights.
+        score_seconds = prepare_start(model, arm, config, task.train, task.collate)
         selection = processes.in_main(lambda: Selection.load(folder / SELECTION_FOLDER))
         if selection is None:
             if processes.is_main():
@@ -189,6 +192,8 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
             selection = _select(model, arm, task, args)
             if processes.is_main():
                 selection.save(folder / SELECTION_FOLDER)
+        score_seconds += selection.seconds
+    start = snapshot(model, trained)
 
     measurements = Measurements(start, counts.trainable, report)
     callbacks = [measurements, DatedByStep()]
@@ -242,7 +247,7 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
             if "loss" in entry and math.isfinite(entry["loss"])
         ],
         train_seconds=measurements.seconds,
-        score_seconds=selection.seconds if selection else 0.0,
+        score_seconds=score_seconds,
         peak_memory_bytes=measurements.memory.peak,
         peak_memory_of=measurements.memory.of,
         adapter_bytes=adapter_bytes,
