@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from fish_tuning.experiments.statistics import (
     baseline_of,
     group_runs,
     paired_difference,
+    pooled_difference,
     spread,
 )
 
 MISSING = "n/a"
+OVER_ALL = "Over all experiments, each counting the same"
 LEARNING_RATES = "Learning rates tried, by the main metric on held-out training examples"
 _MIB = 2**20
 
@@ -105,6 +108,41 @@ def learning_rate_table(
             cells.append(f"{text} (chosen)" if is_chosen else text)
         rows.append((group.label, *cells))
     return ("Method", *(f"{value:g}" for value in values)), tuple(rows)
+
+
+def pooled_table(
+    sweeps: Sequence[Results],
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+    """Arms over several sweeps, each sweep counting the same: headers, and a row for each.
+
+    Shown are the arms and budgets that every sweep has, by the mean of its main metric. None for
+    one sweep, or where no arm is in all.
+    """
+    comparisons = [compare(sweep) for sweep in sweeps]
+    by_label = [{group.label: group for group in c.groups} for c in comparisons]
+    shared = [label for label in by_label[0] if all(label in groups for groups in by_label)]
+    if len(sweeps) < 2 or not shared:
+        return None
+    rows = []
+    for label in shared:
+        arm, baselines, means = {}, {}, []
+        for number, (comparison, groups) in enumerate(zip(comparisons, by_label, strict=True)):
+            metric = comparison.metric or ""
+            mean = spread(groups[label].by_seed(metric).values())
+            means.append(math.nan if mean is None else mean.mean)
+            baseline = baseline_of(groups[label], comparison.groups, ORIGINAL_LORA)
+            arm[str(number)] = groups[label].by_seed(metric)
+            baselines[str(number)] = baseline.by_seed(metric) if baseline else {}
+        over_all = math.fsum(means) / len(means)
+        difference = format_difference(pooled_difference(arm, baselines))
+        rows.append(
+            (
+                label,
+                f"{over_all:.4f}" if math.isfinite(over_all) else MISSING,
+                "baseline" if groups[label].arm == ORIGINAL_LORA else difference,
+            )
+        )
+    return ("Method", "Mean over experiments", f"Difference to {ORIGINAL_LORA}"), tuple(rows)
 
 
 def shared_notes(comparisons: Iterable[Comparison]) -> list[str]:
@@ -238,8 +276,8 @@ def _notes(
     if any(group.arm == ORIGINAL_LORA for group in groups) and len(groups) > 1:
         notes.append(
             f"Difference: mean over the seeds that both have, seed by seed, with a 95% percentile "
-            f"bootstrap interval ({RESAMPLES:,} resamples of the seeds). With few seeds the "
-            "interval is too narrow."
+            f"bootstrap interval ({RESAMPLES:,} resamples of the seeds, within each experiment "
+            "where there are several). With few seeds the interval is too narrow."
         )
     if published:
         notes.append(

@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from fish_tuning.experiments.comparison import (
     LEARNING_RATES,
     MISSING,
+    OVER_ALL,
     Comparison,
     compare,
     learning_rate_table,
     metric_title,
     model_and_dataset,
+    pooled_table,
     shared_notes,
 )
 from fish_tuning.experiments.plots import (
@@ -102,6 +104,11 @@ def html_report(sweeps: Sequence[Results]) -> str:
     parts = []
     if len(sweeps) > 1:
         parts.append(_overview(sweeps, comparisons))
+        pooled = pooled_table(sweeps)
+        if pooled:
+            headers, rows = pooled
+            lines = [f"<tr>{_cells(row)}</tr>" for row in rows]
+            parts += [f"<p>{OVER_ALL}:</p>", _table(headers, lines)]
     for number, (sweep, comparison) in enumerate(zip(sweeps, comparisons, strict=True), start=1):
         parts.append(_section(sweep, comparison, number, heading=len(sweeps) > 1))
     notes = "".join(f"<li>{escape(note)}</li>" for note in shared_notes(comparisons))

@@ -54,6 +54,11 @@ class Run(_Record):
         default=None,
         description="Chosen or tried by the search for learning rates; null: the config's.",
     )
+    held_out: int | None = Field(
+        default=None,
+        description="Training examples that a run of the search was evaluated on; null: the "
+        "validation split.",
+    )
     status: Literal["finished", "failed"] = Field(description="How the run ended.")
     error: str | None = Field(default=None, description="Why a failed run failed.")
     config: dict[str, Any] = Field(description="The resolved experiment config.")
