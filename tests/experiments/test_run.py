@@ -155,13 +155,15 @@ def test_a_variant_is_the_arm_of_its_rule(files, tmp_path):
         "true": {"estimator": "true", "num_samples": 7},
     }
     variants = [{"name": name, "rule": rule} for name, rule in rules.items()]
+    variants += [{"name": "any", "criterion": "random", "rule": {"scope": "global"}}]
     config = experiment(
         *files,
         tmp_path / "variants",
         fish_tuning={"methods_to_run": ["LoRA-FISH"], "variants": variants},
     )
-    own, *others = run_experiment(config, name="e").runs
+    own, *others, at_random = run_experiment(config, name="e").runs
     assert [run.arm for run in others] == list(rules)
+    assert at_random.trainable_params == own.budget and not at_random.score_histograms
     seen = {str(own.mask_density)}
     for run, rule in zip(others, rules.values(), strict=True):
         alone = experiment(

@@ -69,7 +69,7 @@ class Arm:
     def criterion(self) -> Criterion | None:
         """What a masked arm selects by; None for arms without a mask."""
         if self.variant is not None:
-            return "fisher"
+            return self.variant.criterion
         return None if self.peer else CRITERIA.get(self.name)
 
     @property
@@ -82,7 +82,7 @@ class Arm:
         """Folder name of the run. It is the same whenever the run would be the same."""
         parts = [re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "arm"]
         if (own := self.peer or self.variant) is not None:
-            text = json.dumps(own.model_dump(mode="json"), sort_keys=True)
+            text = json.dumps(own.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
             parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
         if self.ratio is not None:
             parts.append(f"ratio{self.ratio!r}".removesuffix(".0"))

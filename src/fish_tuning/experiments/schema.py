@@ -353,6 +353,9 @@ class VariantConfig(_Section):
     """A further masked arm that selects by another rule."""
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
+    criterion: Literal["fisher", "random", "reversed"] = Field(
+        default="fisher", description="What the rule ranks by, as in LoRA-FISH, -rand and -rev."
+    )
     rule: Annotated[dict[str, Any], Field(min_length=1)] = Field(
         description="What differs from fish_tuning's own rule: num_samples, start, scope, "
         "scoring_point, warmup_steps or estimator."
