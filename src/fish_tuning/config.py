@@ -53,7 +53,7 @@ class FishConfig(BaseModel):
         "has the most Fisher information (fisher).",
     )
     scope: Scope = Field(
-        "balanced",
+        "per_tensor",
         description="How the quota is shared out: one pool (global), to every tensor by its size "
         "(per_tensor), equally to LoRA's A and B (balanced), or to whole ranks of LoRA (rank).",
     )

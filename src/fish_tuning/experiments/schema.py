@@ -330,7 +330,7 @@ class SelectionRule(_Section):
         "has the most Fisher information.",
     )
     scope: Literal["global", "per_tensor", "balanced", "rank"] = Field(
-        default="balanced",
+        default="per_tensor",
         description="How the budget is shared before the best entries are taken: not at all, by "
         "tensor size, in halves to LoRA's A and B, or to whole ranks of LoRA.",
     )

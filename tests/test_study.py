@@ -1,0 +1,56 @@
+"""The study's page: its tables are those of the runs that lie beside it."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fish_tuning.experiments.config import load_config
+
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "docs" / "study"
+CONFIGS = sorted(p for p in (ROOT / "configs" / "studies").glob("*.yaml") if "base" not in p.stem)
+
+
+@pytest.fixture(scope="module")
+def page():
+    spec = importlib.util.spec_from_file_location("study_page", ROOT / "scripts/study_page.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study_page"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_runs(page):
+    """Guards every number on the page: made from the committed runs, not written."""
+    text = (STUDY / "README.md").read_text(encoding="utf-8")
+    assert page.filled(text) == text
+    assert len(re.findall("<!-- table: ", text)) == len(re.findall("<!-- end -->", text)) >= 7
+
+
+def test_every_run_has_its_config():
+    """Guards reproduction: each file of runs is named after the config that makes it."""
+    names = {path.stem for path in CONFIGS}
+    assert {path.stem for path in (STUDY / "runs").glob("*.csv")} <= names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_whole(path):
+    """Guards the configs: they load, and their search leaves seeds that count untouched."""
+    config = load_config(path, [])
+    assert not set(config.learning_rate_search.seeds) & set(config.seeds)
+
+
+def test_differences_are_paired_by_seed(page):
+    """Guards the arithmetic of the page against the rows of the files."""
+    for arm, baseline, difference in page.pooled_differences():
+        means = []
+        for task in page.TASKS:
+            groups = page.labelled(page.runs_of(task))
+            if arm in groups and baseline in groups:
+                of_arm, of_baseline = (page.values(groups[name]) for name in (arm, baseline))
+                pairs = [of_arm[seed] - of_baseline[seed] for seed in of_arm]
+                means.append(sum(pairs) / len(pairs))
+        assert difference.mean == pytest.approx(sum(means) / len(means))
