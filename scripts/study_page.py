@@ -26,7 +26,9 @@ from fish_tuning.experiments.statistics import (
 from fish_tuning.experiments.svg import TEXT, figure_style
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
-TASKS = ("sst2", "mrpc", "rte", "cola")
+TASKS = ("sst2", "text")
+SMALL = 0.1
+"""Budgets below this share of LoRA's size are the small one, whose share differs by the head."""
 COMPARISONS = (
     ("LoRA-FISH (100%)", "Original LoRA"),
     ("LoRA-FISH (100%)", "LoRA-FISH-rand (100%)"),
@@ -34,10 +36,10 @@ COMPARISONS = (
     ("LoRA-FISH (50%)", "Original LoRA"),
     ("LoRA-FISH (25%)", "Original LoRA"),
     ("LoRA-FISH (25%)", "LoRA r=2"),
-    ("LoRA-FISH (4.8293%)", "LoRA r=1, values"),
-    ("LoRA-FISH (4.8293%)", "LoRA r=2, last layer"),
-    ("LoRA-FISH (4.8293%)", "LoRA-FISH-rand (4.8293%)"),
-    ("LoRA-FISH-rand (4.8293%)", "LoRA-FISH-rev (4.8293%)"),
+    ("LoRA-FISH (small)", "LoRA r=1, values"),
+    ("LoRA-FISH (small)", "LoRA r=2, last layer"),
+    ("LoRA-FISH (small)", "LoRA-FISH-rand (small)"),
+    ("LoRA-FISH-rand (small)", "LoRA-FISH-rev (small)"),
     ("LoRA (FISH rank)", "Original LoRA"),
 )
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -101,10 +103,13 @@ def _run(row: Mapping[str, str]) -> Run:
 
 def labelled(results: Results) -> dict[str, Group]:
     """Its groups by label, in which the budget always stands."""
-    return {
-        group.arm if group.ratio is None else f"{group.arm} ({100 * group.ratio:g}%)": group
-        for group in group_runs(results.runs)
-    }
+    groups = {}
+    for group in group_runs(results.runs):
+        label = group.arm
+        if group.ratio is not None:
+            label += " (small)" if group.ratio < SMALL else f" ({100 * group.ratio:g}%)"
+        groups[label] = group
+    return groups
 
 
 def values(group: Group) -> dict[int, float]:
@@ -177,7 +182,7 @@ def task_table(name: str) -> Table:
 
 def candidates_table() -> Table:
     """The rules on held-out examples, each at its best learning rate."""
-    budgets = {"25%": "candidates_quarter", "4.8293%": "candidates_small"}
+    budgets = {"25%": "candidates_quarter", "small": "candidates_small"}
     best: dict[str, dict[str, tuple[float, float, float]]] = {}
     for budget, name in budgets.items():
         runs = runs_of(name).search
