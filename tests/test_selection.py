@@ -280,6 +280,48 @@ def test_whole_ranks_by_worth(scores):
         assert chosen == set(order[:k])
 
 
+@settings(max_examples=60, deadline=None)
+@given(pairs())
+def test_features_are_dealt_to_the_ranks(scores):
+    """Guards features scope, for every k: the best features first, each rank in its turn."""
+    total = sum(tensor.numel() for tensor in scores.values())
+    for k in range(1, total + 1):
+        mask = create_mask_from_fisher(scores, num_trainable=k, scope="features")
+        shares = create_mask_from_fisher(scores, num_trainable=k, scope="per_tensor")
+        for name, bits in mask.items():
+            quota = int(shares[name].sum())
+            if name == "norm":
+                assert torch.equal(bits, shares[name])
+                continue
+            is_a = "_A" in name
+
+            def of_rank(tensor, j, is_a=is_a):
+                return (tensor[j] if is_a else tensor[:, j]).flatten()
+
+            ranks = len(bits) if is_a else bits.shape[1]
+            worth = sum(of_rank(scores[name], j) for j in range(ranks))
+            order = sorted(range(len(worth)), key=lambda f: -float(worth[f]))
+            dealt = [
+                ((place + turn) % ranks, f)
+                for turn in range(ranks)
+                for place, f in enumerate(order)
+            ]
+            chosen = {
+                (j, f) for j in range(ranks) for f in range(len(worth)) if of_rank(bits, j)[f]
+            }
+            assert chosen == set(dealt[:quota]) and len(dealt) == bits.numel()
+
+
+def test_features_without_scores_are_reported(caplog):
+    """Guards A at LoRA's start: no feature has a score, and position decides."""
+    scores = {
+        "m.lora_A.default.weight": torch.zeros(2, 6),
+        "m.lora_B.default.weight": torch.rand(6, 2),
+    }
+    create_mask_from_fisher(scores, num_trainable=6, scope="features")
+    assert "6 entries tie at score 0" in caplog.text
+
+
 def test_ranks_without_pairs_are_entries():
     """Guards models without LoRA, and what is only named like a pair."""
     scores = {"m.lora_A.x": torch.rand(3, 4), "m.lora_B.x": torch.rand(5, 2), "w": torch.rand(6)}

@@ -53,9 +53,10 @@ class FishConfig(BaseModel):
         "has the most Fisher information (fisher).",
     )
     scope: Scope = Field(
-        "per_tensor",
+        "features",
         description="How the quota is shared out: one pool (global), to every tensor by its size "
-        "(per_tensor), equally to LoRA's A and B (balanced), or to whole ranks of LoRA (rank).",
+        "(per_tensor), so and within LoRA's to features, on which the ranks take turns (features), "
+        "equally to LoRA's A and B (balanced), or to whole ranks of LoRA (rank).",
     )
     criterion: Criterion = Field(
         "fisher",

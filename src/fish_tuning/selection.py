@@ -17,7 +17,7 @@ from fish_tuning.mask import FishMask
 
 logger = logging.getLogger(__name__)
 
-Scope = Literal["global", "per_tensor", "balanced", "rank"]
+Scope = Literal["global", "per_tensor", "balanced", "rank", "features"]
 """How the quota of k entries is shared out before the best are taken.
 
 - `"global"`: not at all, the k best of the whole pool (arXiv 2504.04050, equation 4).
@@ -27,6 +27,9 @@ Scope = Literal["global", "per_tensor", "balanced", "rank"]
 - `"rank"`: not at all, but LoRA's ranks are taken whole: a row of A with the column of B that it
   feeds, worth the scores of the side that starts at zero (B, for embeddings A) per entry of both.
   Of the last rank what is left is taken, the best of B first.
+- `"features"`: to every tensor in proportion to its size, and within LoRA's to features, which are
+  the columns of A and the rows of B: the best features first, by the sum of their scores over the
+  ranks, and the ranks take turns. See `_select_features`.
 """
 
 # Entries ranked at a time. The temporaries of a processor's chunk fit in its caches; an accelerator
@@ -104,7 +107,7 @@ def create_mask_from_fisher(
     ties: list[tuple[float, int, int]] = []
     for names, quota in _shares(sizes, k, scope):
         group = {name: fisher_scores[name] for name in names}
-        select = _select_ranks if scope == "rank" else _select
+        select = _SELECTS.get(scope, _select)
         selected, tie = select(group, quota, dtype)
         masks.update(selected)
         ties.append(tie)
@@ -280,7 +283,7 @@ def _shares(sizes: Mapping[str, int], k: int, scope: Scope) -> list[tuple[list[s
     """Groups of names, and how many entries each of them gets: k in all."""
     if scope in ("global", "rank"):
         return [(list(sizes), k)]
-    if scope == "per_tensor":
+    if scope in ("per_tensor", "features"):
         pool = sum(sizes.values())
         quotas = {name: k * size // pool for name, size in sizes.items()}
         by_remainder = sorted(sizes, key=lambda name: k * sizes[name] % pool, reverse=True)
@@ -377,6 +380,38 @@ def _rank_worths(scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
     return worths
 
 
+def _select_features(
+    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[float, int, int]]:
+    """As `_select`, of one tensor, with LoRA's entries dealt out by feature.
+
+    Scores cannot tell the ranks apart: with B drawn at random, E[F_A[j, m]] is the same for all
+    ranks j (see `score_with_perturbed_b`), so the highest entries of A are a few columns in all
+    ranks, one feature many times over. Here rank j gets the features at positions j, j + r,
+    j + 2r, ... of their order; once each feature has one entry, the ranks move on by one.
+    """
+    ((name, tensor),) = scores.items()
+    side = side_of(name)
+    if not side or tensor.dim() < 2:
+        return _select(scores, k, dtype)
+    by_rank = (tensor if side == "A" else tensor.transpose(0, 1)).flatten(1)
+    ranks, features = by_rank.shape
+    worth, order = by_rank.sum(0, dtype=torch.float64).sort(descending=True, stable=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(features, device=order.device)
+    rank = torch.arange(ranks, device=order.device).unsqueeze(1)
+    turn = (rank - position) % ranks
+    whole, left = divmod(k, features)
+    chosen = (turn < whole) | ((turn == whole) & (position < left))
+    tie = (0.0, 0, 0)
+    if left:
+        at_last = worth == worth[left - 1]
+        tie = (float(worth[left - 1]), int(at_last.sum()), int(at_last[:left].sum()))
+    shape = tensor.shape if side == "A" else tensor.transpose(0, 1).shape
+    mask = chosen.view(shape)
+    return {name: mask if side == "A" else mask.transpose(0, 1).contiguous()}, tie
+
+
 def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Key of the k-th highest score, how many entries have it, how many of those are in the k.
 
@@ -401,6 +436,9 @@ def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple
         left -= int(at_least[position]) - count
         key = digit - 2 ** (RADIX - 1) if shift == highest else key << RADIX | digit
     return key, count, left
+
+
+_SELECTS = {"rank": _select_ranks, "features": _select_features}
 
 
 def _chunks(flat: Tensor) -> Sequence[Tensor]:

@@ -329,10 +329,11 @@ class SelectionRule(_Section):
         description="What LoRA's A starts from: as PEFT draws it, or the directions in which B "
         "has the most Fisher information.",
     )
-    scope: Literal["global", "per_tensor", "balanced", "rank"] = Field(
-        default="per_tensor",
+    scope: Literal["global", "per_tensor", "balanced", "rank", "features"] = Field(
+        default="features",
         description="How the budget is shared before the best entries are taken: not at all, by "
-        "tensor size, in halves to LoRA's A and B, or to whole ranks of LoRA.",
+        "tensor size, in halves to LoRA's A and B, to whole ranks of LoRA, or by tensor size and "
+        "feature, on which the ranks take turns.",
     )
     scoring_point: Literal["start", "perturbed", "warmup"] = Field(
         default="perturbed",
