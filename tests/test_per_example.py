@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fish_tuning import calculate_fisher_information, per_example
 from fish_tuning.per_example import NoRuleError, PerExampleGradients
+from fish_tuning.reduction import Entrywise
 
 B, T, D, V = 6, 5, 8, 13
 
@@ -369,7 +370,7 @@ def test_sums_only_what_is_watched(floats):
     """Guards the interface: two batches add up, a call outside leaves no hook and no trace."""
     inputs, targets = floats
     model = nn.Linear(D, D).double()
-    gradients = PerExampleGradients(model, dict(model.named_parameters()), 2)
+    gradients = PerExampleGradients(model, dict(model.named_parameters()), Entrywise(2))
     model(inputs).sum().backward()
     for x, y in zip(inputs.split(4), targets.split(4), strict=True):
         with gradients.watching(len(x)):
@@ -384,7 +385,7 @@ def test_failed_check_leaves_no_sums(floats):
     """Guards against counting the first batch twice after its check failed."""
     inputs, targets = floats
     model = BehindItsBack(True).double()
-    gradients = PerExampleGradients(model, dict(model.named_parameters()), 2)
+    gradients = PerExampleGradients(model, dict(model.named_parameters()), Entrywise(2))
     with (
         pytest.raises(NoRuleError, match=r"the gradient of lin\.\w+ is not the one"),
         gradients.watching(B),
@@ -396,7 +397,7 @@ def test_failed_check_leaves_no_sums(floats):
 def test_another_number_of_rows_is_refused_before_backward(floats):
     """Guards against scores of rows that are no examples, in any batch after the first too."""
     model = SharedPositions().double()
-    gradients = PerExampleGradients(model, dict(model.named_parameters()), 2)
+    gradients = PerExampleGradients(model, dict(model.named_parameters()), Entrywise(2))
     with pytest.raises(NoRuleError, match=r"\(1, 5\) for 6 examples"), gradients.watching(B):
         model(floats[0])
     assert not model.positions._forward_hooks

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fish_tuning.alignment import align_with_fisher
     from fish_tuning.config import FishConfig, get_fish_model
     from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
     from fish_tuning.mask import FishMask
@@ -24,6 +25,7 @@ __all__ = [
     "FishMask",
     "FishTuningCallback",
     "FishTuningTrainer",
+    "align_with_fisher",
     "apply_mask",
     "calculate_fisher_information",
     "create_mask_from_fisher",
@@ -44,6 +46,7 @@ _HOMES = {
     "FishMask": "mask",
     "FishTuningCallback": "trainer",
     "FishTuningTrainer": "trainer",
+    "align_with_fisher": "alignment",
     "apply_mask": "sparse",
     "calculate_fisher_information": "fisher",
     "create_mask_from_fisher": "selection",

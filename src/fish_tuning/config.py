@@ -1,11 +1,13 @@
 """The settings of FISH-Tuning in one object, and the call that carries them out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from fish_tuning.alignment import align_with_fisher
 from fish_tuning.batches import Batch
 from fish_tuning.distributed import check_maskable
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
@@ -18,11 +20,13 @@ from fish_tuning.selection import (
     pool_and_quota,
     random_scores,
     reversed_scores,
+    side_of,
 )
 from fish_tuning.sparse import apply_mask, get_mask
 
 Criterion = Literal["fisher", "reversed", "random", "magnitude"]
 ScoringPoint = Literal["start", "perturbed"]
+Start = Literal["given", "fisher"]
 
 
 class FishConfig(BaseModel):
@@ -43,10 +47,15 @@ class FishConfig(BaseModel):
     num_trainable: int | None = Field(
         None, ge=1, description="Parameters to train in all, those of excluded tensors counted."
     )
+    start: Start = Field(
+        "given",
+        description="What LoRA's A starts from: what it is (given), or the directions in which B "
+        "has the most Fisher information (fisher).",
+    )
     scope: Scope = Field(
         "balanced",
         description="How the quota is shared out: one pool (global), to every tensor by its size "
-        "(per_tensor), or equally to LoRA's A and B (balanced).",
+        "(per_tensor), equally to LoRA's A and B (balanced), or to whole ranks of LoRA (rank).",
     )
     criterion: Criterion = Field(
         "fisher",
@@ -87,11 +96,13 @@ def get_fish_model(
 ) -> nn.Module:
     """Scores the trainable parameters, selects among them and masks the model, in place.
 
+    With `start="fisher"` LoRA's A is aligned before, see `align_with_fisher`.
+
     Args:
         model: A model with its adapter on it.
         config: What to select.
         calibration_dataloader: Batches to score with, as in `calculate_fisher_information`; the
-            criteria random and magnitude need none.
+            criteria random and magnitude need none with `start="given"`.
         loss_fn: As there.
         progress: As there.
 
@@ -113,8 +124,33 @@ def get_fish_model(
             config.names_to_exclude,
             config.num_trainable,
         )
-    scores = _scores(model, trainable, config, calibration_dataloader, loss_fn, progress)
-    return apply_mask(model, select(scores, config))
+    by_data = config.criterion in ("fisher", "reversed")
+    if calibration_dataloader is None and (by_data or config.start == "fisher"):
+        what = f"criterion={config.criterion!r}" if by_data else f"start={config.start!r}"
+        raise ValueError(f"{what} needs a calibration_dataloader; random and magnitude do not")
+    batches = calibration_dataloader
+    if isinstance(batches, Iterator) and config.start == "fisher":
+        batches = list(batches)  # They are needed twice.
+    options: dict[str, Any] = {
+        "estimator": config.estimator,
+        "num_samples": config.num_samples,
+        "loss_fn": loss_fn,
+        "seed": config.seed,
+        "progress": progress,
+    }
+    given = {}
+    if config.start == "fisher" and batches is not None:
+        given = {name: p.detach().clone() for name, p in trainable.items() if side_of(name) == "A"}
+        align_with_fisher(model, batches, **options)
+    try:
+        return apply_mask(
+            model, select(_scores(model, trainable, config, batches, options), config)
+        )
+    except BaseException:
+        with torch.no_grad():
+            for name, tensor in given.items():
+                trainable[name].copy_(tensor)
+        raise
 
 
 def select(scores: dict[str, Tensor], config: FishConfig) -> FishMask:
@@ -133,30 +169,18 @@ def _scores(
     model: nn.Module,
     trainable: dict[str, nn.Parameter],
     config: FishConfig,
-    calibration_dataloader: Iterable[Batch] | None,
-    loss_fn: LossFunction | None,
-    progress: bool,
+    batches: Iterable[Batch] | None,
+    options: dict[str, Any],
 ) -> dict[str, Tensor]:
     if config.criterion == "random":
         return random_scores(trainable, config.seed)
     if config.criterion == "magnitude":
         return magnitude_scores(trainable)
-    if calibration_dataloader is None:
-        raise ValueError(
-            f"criterion={config.criterion!r} needs a calibration_dataloader; random and magnitude "
-            "do not"
-        )
-    options: dict[str, Any] = {
-        "estimator": config.estimator,
-        "num_samples": config.num_samples,
-        "loss_fn": loss_fn,
-        "seed": config.seed,
-        "progress": progress,
-    }
+    assert batches is not None
     score = (
         score_with_perturbed_b
         if config.scoring_point == "perturbed"
         else calculate_fisher_information
     )
-    scores = score(model, calibration_dataloader, **options)
+    scores = score(model, batches, **options)
     return reversed_scores(scores) if config.criterion == "reversed" else scores

@@ -1,30 +1,24 @@
 """Fisher information of every trainable parameter, from a model and a few batches."""
 
 import logging
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from fish_tuning.batches import Batch, Forward, batch_size, parts_by_length, take
-from fish_tuning.distributed import Processes, unwrapped
+from fish_tuning.batches import Batch
+from fish_tuning.calibration import mean_over_examples
+from fish_tuning.distributed import unwrapped
 from fish_tuning.likelihood import TokenReduction
-from fish_tuning.objective import Estimator, LossFunction, Objective
-from fish_tuning.selection import LORA_SIDE
-from fish_tuning.sums import Sums, scorer_for
+from fish_tuning.objective import Estimator, LossFunction
+from fish_tuning.reduction import Entrywise
+from fish_tuning.selection import LORA_SIDE, opposite_side
 
 logger = logging.getLogger(__name__)
 
 Statistic = Literal["squared", "absolute"]
-
-CPU_PART = 8
-"""Examples of a padded batch that a processor scores at a time: it takes as long as there are
-tokens, where an accelerator takes as long as there are kernels."""
 
 
 def calculate_fisher_information(
@@ -115,54 +109,20 @@ def calculate_fisher_information(
         )
     if device is not None:
         model.to(device)
-    objective = Objective(
-        Forward(model),
+    reduction = Entrywise(2 if statistic == "squared" else 1)
+    scores = mean_over_examples(
+        model,
+        parameters,
+        calibration_dataloader,
+        reduction,
         estimator=estimator,
-        power=2 if statistic == "squared" else 1,
+        num_samples=num_samples,
         label_samples=label_samples,
         token_reduction=token_reduction,
         loss_fn=loss_fn,
         seed=seed,
+        progress=progress,
     )
-    sums: Sums | None = None
-    count = 0
-    on_cpu = next(iter(parameters.values())).device.type == "cpu"
-    processes = Processes(parameters)
-    bar = tqdm(
-        total=num_samples,
-        desc="Fisher",
-        unit="example",
-        disable=not progress or processes.rank > 0,
-    )
-    with _borrowed(model), processes.sharing(calibration_dataloader) as batches, bar:
-        for own, batch in batches:
-            batch = objective.forward.on_device(batch)
-            size = batch_size(batch)
-            if num_samples is not None and count + size > num_samples:
-                size = num_samples - count
-                batch = take(batch, slice(size))
-            if sums is None and objective.has_label(batch):
-                sums = Sums(scorer_for(model, parameters, objective, batch), loss_fn is None)
-            if sums is not None and own:
-                numbers = range(count, count + size)
-                parts: Iterable[tuple[Batch, Sequence[int]]] = [(batch, numbers)]
-                if loss_fn is None and on_cpu:
-                    parts = parts_by_length(batch, numbers, CPU_PART)
-                for part, of_part in parts:
-                    sums.add(part, of_part)
-            count += size
-            bar.update(size)
-            if count == num_samples:
-                break
-        if count == 0:
-            raise ValueError("the calibration dataloader is empty: give at least one example")
-        if sums is None:
-            raise ValueError(f"all labels of the {count} calibration examples are -100")
-    totals = sums.scorer.sums
-    processes.add(totals.values())
-    if num_samples is not None and count < num_samples:
-        logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
-    scores = {name: total.div_(count) for name, total in totals.items()}
     _report_zeros(scores)
     return scores
 
@@ -214,60 +174,45 @@ def score_with_perturbed_b(
     if not std > 0:
         raise ValueError(f"std={std}: above 0")
     model = unwrapped(model)
+    if device is not None:
+        model.to(device)
+    with zero_sides_perturbed(model, std, seed) as zero_sides:
+        scores = calculate_fisher_information(model, calibration_dataloader, seed=seed, **options)
+    power = 1 if options.get("statistic") == "absolute" else 2
+    for name in zero_sides:
+        if (opposite := opposite_side(name)) in scores:
+            scores[opposite] /= std**power
+    return scores
+
+
+@contextmanager
+def zero_sides_perturbed(model: nn.Module, std: float, seed: int) -> Iterator[list[str]]:
+    """Inside the block, whichever side of a LoRA pair is zero is drawn from N(0, std^2).
+
+    Args:
+        model: A model with LoRA adapters.
+        std: Standard deviation.
+        seed: Seeds the draw.
+
+    Yields:
+        The names of those parameters.
+    """
     zero_sides = {
         name: parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and LORA_SIDE.search(name) and not parameter.any()
     }
-    if device is not None:
-        model.to(device)
     # On the CPU, so that a seed means the same numbers on every device.
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
             for parameter in zero_sides.values():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(std * noise)
-        scores = calculate_fisher_information(model, calibration_dataloader, seed=seed, **options)
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        yield list(zero_sides)
     finally:
         with torch.no_grad():
             for parameter in zero_sides.values():
                 parameter.zero_()
-    power = 1 if options.get("statistic") == "absolute" else 2
-    for name in zero_sides:
-        if (opposite := _opposite_side(name)) in scores:
-            scores[opposite] /= std**power
-    return scores
-
-
-def _opposite_side(name: str) -> str:
-    """The name of a LoRA pair's other tensor."""
-    match = LORA_SIDE.search(name)
-    assert match is not None
-    return name[: match.start(1)] + ("A" if match[1] == "B" else "B") + name[match.end(1) :]
-
-
-@contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients; modes and random number generators are given back."""
-    modes = {module: module.training for module in model.modules()}
-    states = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    with (
-        torch.random.fork_rng(
-            devices=[] if device.type == "cpu" else [device], device_type=device.type
-        ),
-        torch.enable_grad(),
-    ):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                if module.training != mode:
-                    module.training = mode
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _report_zeros(scores: dict[str, Tensor]) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from fish_tuning.reduction import Entrywise, Reduction, precision
+
 CHUNK_ENTRIES = 2**24
 """Entries of per-example gradients alive at once: wide layers go a few examples at a time."""
 
@@ -117,7 +119,7 @@ class _Use:
 
 
 class PerExampleGradients:
-    """Accumulates ``sum_i |gradient of example i|^power`` of the given parameters.
+    """Accumulates a reduction of the given parameters' per-example gradients.
 
     Call the model inside `watching` and then `backward`, batch after batch; `sums` holds the
     result, float64 for float64 parameters and float32 for all others.
@@ -125,17 +127,17 @@ class PerExampleGradients:
     Args:
         model: The model whose forward passes are watched.
         parameters: The parameters, by name; each may be used by several modules, several times.
-        power: 2 for Fisher information, 1 for the absolute gradient.
+        reduction: What is kept of a gradient.
 
     Raises:
         NoRuleError: A parameter has no rule.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], power: int
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], reduction: Reduction
     ) -> None:
-        self._parameters, self._power = parameters, power
-        self.sums = zeros_for(parameters)
+        self._parameters, self._reduction = parameters, reduction
+        self.sums = {name: reduction.zeros(p) for name, p in parameters.items()}
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._owned: dict[nn.Module, list[tuple[str, Rule]]] = defaultdict(list)
         for module in model.modules():
@@ -255,7 +257,10 @@ class PerExampleGradients:
             return
         self._roots_suffice = _leaves(total) <= {id(p) for p in self._parameters.values()}
         try:
-            self._totals = zeros_for(self._parameters)
+            self._totals = {
+                name: torch.zeros_like(p, dtype=precision(p), requires_grad=False)
+                for name, p in self._parameters.items()
+            }
             gradients = self._backward(total, [*self._parameters.values()], retain_graph)
             self._compare(self._totals, gradients)
         except Exception:
@@ -298,7 +303,7 @@ class PerExampleGradients:
             eps = torch.finfo(dtype).eps
             # Gradients may cancel between the examples (hence their own scale) and between tokens,
             # down to rounding errors of the factors (a key's bias in attention).
-            scale = gradient.norm() + self.sums[name].sum() ** (1 / self._power)
+            scale = gradient.norm() + self._reduction.norm(self.sums[name])
             allowed = max(1e-3, 8 * eps) * scale + 16 * eps * self._magnitudes.get(name, 0)
             excess[name] = (totals[name] - gradient).norm() - allowed
         # Looked at together: on an accelerator each look would wait for the device.
@@ -320,13 +325,14 @@ class PerExampleGradients:
             )
         key, batch = (name, self._loss), len(factors[0][2])
         first = self._added[key]
-        if all(rule is _embedding_weight for _, rule, _, _ in factors):
+        looked_up = all(rule is _embedding_weight for _, rule, _, _ in factors)
+        if looked_up and isinstance(self._reduction, Entrywise):
             if first < batch:
                 rows = [(module, rule, x[first:], g[first:]) for module, rule, x, g in factors]
-                self._accumulate_rows(rows, sums, totals)
+                self._accumulate_rows(rows, self._reduction, sums, totals)
                 self._added[key] = batch
             return
-        step = max(1, CHUNK_ENTRIES // sums.numel())
+        step = max(1, CHUNK_ENTRIES // self._parameters[name].numel())
         whole = first == 0 and step >= batch
         for start in range(first, batch, step):
             part = slice(start, start + step)
@@ -337,11 +343,15 @@ class PerExampleGradients:
             assert gradients is not None
             if totals is not None:
                 totals += gradients.sum(0)
-            sums += self._raised(gradients).sum(0)
+            self._reduction.add(sums, gradients)
             self._added[key] = min(start + step, batch)
 
     def _accumulate_rows(
-        self, factors: list[tuple[nn.Module, Rule, Tensor, Tensor]], sums: Tensor, totals: Any
+        self,
+        factors: list[tuple[nn.Module, Rule, Tensor, Tensor]],
+        reduction: Entrywise,
+        sums: Tensor,
+        totals: Any,
     ) -> None:
         """Embeddings: only the rows that an example looks up have a gradient."""
         pairs = [_embedding_rows(module, x, g) for module, _, x, g in factors]
@@ -353,22 +363,7 @@ class PerExampleGradients:
         rows = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, position, g)
         if totals is not None:
             totals.index_add_(0, ids.flatten(), g)
-        sums.index_add_(0, looked_up % vocabulary, self._raised(rows))
-
-    def _raised(self, gradients: Tensor) -> Tensor:
-        return gradients.square_() if self._power == 2 else gradients.abs_()
-
-
-def zeros_for(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Accumulators by name: the parameters' shapes and devices, float32 or float64."""
-    return {
-        name: torch.zeros_like(
-            parameter,
-            dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
-            requires_grad=False,
-        )
-        for name, parameter in parameters.items()
-    }
+        sums.index_add_(0, looked_up % vocabulary, reduction.raised(rows))
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

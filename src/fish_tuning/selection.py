@@ -17,13 +17,16 @@ from fish_tuning.mask import FishMask
 
 logger = logging.getLogger(__name__)
 
-Scope = Literal["global", "per_tensor", "balanced"]
+Scope = Literal["global", "per_tensor", "balanced", "rank"]
 """How the quota of k entries is shared out before the best are taken.
 
 - `"global"`: not at all, the k best of the whole pool (arXiv 2504.04050, equation 4).
 - `"per_tensor"`: to every tensor in proportion to its size.
 - `"balanced"`: in equal parts to those of these kinds that the pool has: LoRA's A, LoRA's B, all
   other tensors. Without LoRA that is the same as `"global"`.
+- `"rank"`: not at all, but LoRA's ranks are taken whole: a row of A with the column of B that it
+  feeds, worth the scores of the side that starts at zero (B, for embeddings A) per entry of both.
+  Of the last rank what is left is taken, the best of B first.
 """
 
 # Entries ranked at a time. The temporaries of a processor's chunk fit in its caches; an accelerator
@@ -36,6 +39,19 @@ ACCELERATOR_CHUNK = 2**22
 RADIX = 8
 
 LORA_SIDE = re.compile(r"(?:^|\.)lora_(?:embedding_)?([AB])(?:\.|$)")
+
+
+def side_of(name: str) -> str:
+    """Of a parameter's name: "A" or "B" of a LoRA pair, or ""."""
+    match = LORA_SIDE.search(name)
+    return match[1] if match else ""
+
+
+def opposite_side(name: str) -> str:
+    """The name of a LoRA pair's other tensor."""
+    match = LORA_SIDE.search(name)
+    assert match is not None
+    return name[: match.start(1)] + ("A" if match[1] == "B" else "B") + name[match.end(1) :]
 
 
 def create_mask_from_fisher(
@@ -88,7 +104,8 @@ def create_mask_from_fisher(
     ties: list[tuple[float, int, int]] = []
     for names, quota in _shares(sizes, k, scope):
         group = {name: fisher_scores[name] for name in names}
-        selected, tie = _select(group, quota, dtype)
+        select = _select_ranks if scope == "rank" else _select
+        selected, tie = select(group, quota, dtype)
         masks.update(selected)
         ties.append(tie)
     ties = [(score, tied, taken) for score, tied, taken in ties if 0 < taken < tied]
@@ -261,7 +278,7 @@ def _num_to_select(
 
 def _shares(sizes: Mapping[str, int], k: int, scope: Scope) -> list[tuple[list[str], int]]:
     """Groups of names, and how many entries each of them gets: k in all."""
-    if scope == "global":
+    if scope in ("global", "rank"):
         return [(list(sizes), k)]
     if scope == "per_tensor":
         pool = sum(sizes.values())
@@ -273,8 +290,7 @@ def _shares(sizes: Mapping[str, int], k: int, scope: Scope) -> list[tuple[list[s
 
     kinds: dict[str, list[str]] = {"B": [], "A": [], "": []}
     for name in sizes:
-        match = LORA_SIDE.search(name)
-        kinds[match[1] if match else ""].append(name)
+        kinds[side_of(name)].append(name)
     room = {kind: sum(sizes[name] for name in names) for kind, names in kinds.items()}
     quotas = dict.fromkeys(kinds, 0)
     while k:
@@ -312,6 +328,53 @@ def _select(
         masks[name] = flat.view(tensor.shape)
     bits = torch.tensor(abs(threshold), dtype=_INTEGER[dtype])
     return masks, (math.copysign(bits.view(dtype).item(), threshold), tied, taken)
+
+
+def _select_ranks(
+    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[float, int, int]]:
+    """As `_select`, with LoRA's ranks as a whole."""
+    shared = {**scores, **_rank_worths(scores, dtype)}
+    masks, (worth, tied, taken) = _select(shared, k, dtype)
+    if taken in (0, tied):
+        return masks, (worth, tied, taken)
+    # The last rank has more entries than are left. A's alone would have no gradient.
+    at_worth = {name: shared[name].to(dtype) == worth for name in scores}
+    masks = {name: masks[name] & ~at_worth[name] for name in scores}
+    tie = (worth, 0, 0)
+    for side in ("B", "", "A"):
+        last = {n: s.to(dtype) for n, s in scores.items() if side_of(n) == side}
+        of_side = sum(int(at_worth[name].sum()) for name in last)
+        quota = min(taken, of_side)
+        if not quota:
+            continue
+        own = {name: last[name].masked_fill(~at_worth[name], -math.inf) for name in last}
+        selected, tie = _select(own, quota, dtype)
+        masks |= {name: masks[name] | selected[name] for name in last}
+        taken -= quota
+    return masks, tie
+
+
+def _rank_worths(scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Each entry's score replaced by what its rank is worth, where both sides of a pair are there.
+
+    A is (r, ...) and B (out, r, ...).
+    """
+    worths = {}
+    for name, a in scores.items():
+        other = opposite_side(name) if side_of(name) == "A" else ""
+        if other not in scores or min(a.dim(), scores[other].dim()) < 2:
+            continue
+        b = scores[other].transpose(0, 1)
+        if len(a) != len(b):
+            continue
+        zero_at_start = a if "lora_embedding_" in name else b
+        total = zero_at_start.flatten(1).sum(1, dtype=torch.float64)
+        worth = (total / (a[0].numel() + b[0].numel())).to(dtype)
+        of_a = worth.to(a.device).reshape(-1, *[1] * (a.dim() - 1))
+        of_b = worth.to(b.device).reshape(-1, *[1] * (b.dim() - 1))
+        worths[name], worths[other] = of_a.expand_as(a), of_b.expand_as(b).transpose(0, 1)
+    return worths
 
 
 def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int]:

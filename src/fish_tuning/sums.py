@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fish_tuning.batches import Batch, batch_size, take
 from fish_tuning.objective import Objective
-from fish_tuning.per_example import Added, NoRuleError, PerExampleGradients, zeros_for
+from fish_tuning.per_example import Added, NoRuleError, PerExampleGradients
+from fish_tuning.reduction import Reduction
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +101,10 @@ class OnePass:
         self,
         parameters: dict[str, nn.Parameter],
         objective: Objective,
+        reduction: Reduction,
         gradients: PerExampleGradients,
     ) -> None:
-        self.parameters, self.objective = parameters, objective
+        self.parameters, self.objective, self.reduction = parameters, objective, reduction
         self.gradients, self.sums = gradients, gradients.sums
 
     def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
@@ -114,7 +116,7 @@ class OnePass:
 
     def one_by_one(self, reason: object) -> OneByOne:
         """What goes on where this has no rule."""
-        return _one_by_one(self.parameters, self.objective, reason, self.sums)
+        return _one_by_one(self.parameters, self.objective, self.reduction, reason, self.sums)
 
 
 class OneByOne:
@@ -124,10 +126,11 @@ class OneByOne:
         self,
         parameters: dict[str, nn.Parameter],
         objective: Objective,
+        reduction: Reduction,
         sums: dict[str, Tensor] | None = None,
     ) -> None:
-        self.parameters, self.objective = parameters, objective
-        self.sums = zeros_for(parameters) if sums is None else sums
+        self.parameters, self.objective, self.reduction = parameters, objective, reduction
+        self.sums = {n: reduction.zeros(p) for n, p in parameters.items()} if sums is None else sums
 
     def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
         """Adds what `added` does not have yet, and enters it there."""
@@ -142,8 +145,9 @@ class OneByOne:
                 )
                 for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
                     if gradient is not None and added[name, j] <= i:
-                        # Not in place: autograd gives parameters that are added one gradient.
-                        total += gradient.to(total.dtype).abs().pow_(self.objective.power)
+                        # A copy: autograd gives parameters that are added one gradient.
+                        one = gradient.to(total.dtype, copy=True).unsqueeze(0)
+                        self.reduction.add(total, one)
                         added[name, j] = i + 1
 
     def one_by_one(self, reason: object) -> OneByOne:
@@ -152,14 +156,18 @@ class OneByOne:
 
 
 def scorer_for(
-    model: nn.Module, parameters: dict[str, nn.Parameter], objective: Objective, batch: Batch
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    objective: Objective,
+    reduction: Reduction,
+    batch: Batch,
 ) -> OnePass | OneByOne:
     """Looks at one example: which loss it has, and whether one pass a batch will do."""
     gradients = None
     look: AbstractContextManager[None]
     reason: str | Exception = "the model's loss is none of those known by example"
     try:
-        gradients = PerExampleGradients(model, parameters, objective.power)
+        gradients = PerExampleGradients(model, parameters, reduction)
         look = gradients.checking_batch_axis()
     except NoRuleError as error:
         reason, look = error, nullcontext()
@@ -167,17 +175,18 @@ def scorer_for(
         with look:
             objective.recognise(batch)
     except NoRuleError as error:
-        return _one_by_one(parameters, objective, error)
+        return _one_by_one(parameters, objective, reduction, error)
     if gradients is None or not objective.by_example:
-        return _one_by_one(parameters, objective, reason)
-    return OnePass(parameters, objective, gradients)
+        return _one_by_one(parameters, objective, reduction, reason)
+    return OnePass(parameters, objective, reduction, gradients)
 
 
 def _one_by_one(
     parameters: dict[str, nn.Parameter],
     objective: Objective,
+    reduction: Reduction,
     reason: object,
     sums: dict[str, Tensor] | None = None,
 ) -> OneByOne:
     logger.warning("Scoring one example at a time, which is slower: %s", reason)
-    return OneByOne(parameters, objective, sums)
+    return OneByOne(parameters, objective, reduction, sums)

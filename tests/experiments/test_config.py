@@ -328,6 +328,20 @@ BAD = [
     ("fish_tuning: {methods_to_run: [fish, LoRA-FISH]}", r"LoRA-FISH more than once"),
     ("fish_tuning: {scope: layer}", r"scope: 'layer' .*'per_tensor'"),
     ("fish_tuning: {scoring_point: end}", r"scoring_point: 'end' .*'warmup'"),
+    (
+        "fish_tuning: {variants: [{name: x, rule: {scpoe: global}}]}",
+        r"variants\[0\]\.rule\.scpoe: Extra inputs",
+    ),
+    (
+        "fish_tuning: {variants: [{name: x, rule: {warmup_steps: 0}}]}",
+        r"variants\[0\]\.rule\.warmup_steps: .*greater than or equal to 1",
+    ),
+    ("fish_tuning: {variants: [{name: x, rule: {}}]}", r"variants\[0\]\.rule: \{\} .*at least 1"),
+    (
+        "fish_tuning: {variants: [{name: LoRA-FISH, rule: {scope: global}}]}",
+        r"fish_tuning: 'LoRA-FISH' names two arms",
+    ),
+    ("learning_rate_search: {values: [1]}", r"learning_rate_search\.values: .*at least 2 items"),
     ("seeds: []", r"seeds: \[\] .*at least 1 item"),
     ("seeds: [1, 1]", r"seeds: .*1 more than once"),
     ("seeds: 3", r"seeds: 3 should be a valid list. Every arm runs once"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fish_tuning.experiments.comparison import compare
-from fish_tuning.experiments.report import csv_table, write_report
+from fish_tuning.experiments.comparison import compare, pooled_table
+from fish_tuning.experiments.report import csv_table, markdown_report, write_report
+from fish_tuning.experiments.report_html import html_report
 from fish_tuning.experiments.results import Results
 from fish_tuning.experiments.results_doc import results_document
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
@@ -222,6 +223,27 @@ def test_several_sweeps_have_a_section_each(tmp_path):
     assert targets == ["#sweep-1", "#sweep-2"]
     assert {("id", "sweep-1"), ("id", "sweep-2")} <= set(page.attributes)
     assert paths[1].read_text(encoding="utf-8").count("## twin\n") == 2
+
+
+def test_arms_over_several_sweeps():
+    """Guards the pooled table: arms that all sweeps have, by the mean of their means."""
+    arms = ("Original LoRA", "LoRA-FISH")
+    one = make_sweep((1, 2), arms=arms)
+    runs = [
+        make_run(arm, seed, metrics={"accuracy": 0.5 + 0.1 * ("FISH" in arm)})
+        for arm in (*arms, "LoRA-FISH-rand")
+        for seed in (1, 2)
+    ]
+    other = Results(name="other", config=one.config, runs=runs)
+    headers, rows = pooled_table([one, other])
+    assert [row[0] for row in rows] == list(arms) and rows[0][2] == "baseline"
+    means = [sum(run.metrics["accuracy"] for run in one.runs if run.arm == arm) / 2 for arm in arms]
+    assert float(rows[0][1]) == pytest.approx((means[0] + 0.5) / 2, abs=1e-4)
+    assert float(rows[1][2].split()[0]) == pytest.approx((means[1] - means[0] + 0.1) / 2, abs=1e-4)
+    assert pooled_table([one]) is None
+    for text in (markdown_report([one, other]), html_report([one, other])):
+        assert "Over all experiments" in text and headers[1] in text
+    assert "Over all experiments" not in markdown_report([one])
 
 
 def test_same_results_same_bytes(tmp_path):

@@ -148,6 +148,34 @@ def test_same_config_twice(files, tmp_path, monkeypatch):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_variant_is_the_arm_of_its_rule(files, tmp_path):
+    """Guards variants: each is what an experiment with that rule alone would give."""
+    rules = {
+        "warm": {"scoring_point": "warmup", "warmup_steps": 3, "scope": "global"},
+        "true": {"estimator": "true", "num_samples": 7},
+    }
+    variants = [{"name": name, "rule": rule} for name, rule in rules.items()]
+    config = experiment(
+        *files,
+        tmp_path / "variants",
+        fish_tuning={"methods_to_run": ["LoRA-FISH"], "variants": variants},
+    )
+    own, *others = run_experiment(config, name="e").runs
+    assert [run.arm for run in others] == list(rules)
+    seen = {str(own.mask_density)}
+    for run, rule in zip(others, rules.values(), strict=True):
+        alone = experiment(
+            *files,
+            tmp_path / run.arm,
+            fish_tuning={"methods_to_run": ["LoRA-FISH"], **rule},
+        )
+        (expected,) = run_experiment(alone, name="e").runs
+        assert run.mask_density == expected.mask_density and run.metrics == expected.metrics
+        assert run.trainable_params == run.budget == own.budget
+        seen.add(str(run.mask_density))
+    assert len(seen) == 3
+
+
 def test_finished_runs_are_skipped_and_failed_ones_tried_again(files, tmp_path, monkeypatch):
     """Guards a sweep against one bad run, and a rerun against training what is there."""
     config = experiment(*files, tmp_path, **FEW_ARMS, seeds=[1, 2])

@@ -11,6 +11,7 @@ from fish_tuning.experiments.statistics import (
     baseline_of,
     group_runs,
     paired_difference,
+    pooled_difference,
     spread,
 )
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
@@ -106,3 +107,30 @@ def test_baseline_of_the_same_budget_first():
     assert baseline_of(groups[2], groups, "Original LoRA") is groups[1]
     assert baseline_of(groups[3], groups, "Original LoRA") is groups[0]
     assert baseline_of(groups[3], groups[2:], "Original LoRA") is None
+
+
+def test_pooled_interval_is_that_of_all_resamples_within_tasks():
+    """Guards strata: quantiles over all ways to resample each task's seeds on its own."""
+    tasks = {"a": [0.3, -0.1, 0.2], "b": [0.5, 0.4, 0.9]}
+    arms = {task: dict(enumerate(values)) for task, values in tasks.items()}
+    zeros = {task: dict.fromkeys(range(4), 0.0) for task in tasks}
+    found = pooled_difference(arms, zeros)
+    means = [
+        (sum(a) / 3 + sum(b) / 3) / 2
+        for a in itertools.product(tasks["a"], repeat=3)
+        for b in itertools.product(tasks["b"], repeat=3)
+    ]
+    assert found.mean == pytest.approx((0.4 / 3 + 1.8 / 3) / 2)
+    assert found.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=5e-3)
+    assert found.seeds == (0, 1, 2)
+
+
+def test_tasks_count_the_same_whatever_their_seeds():
+    """Guards the mean against a task with more runs, and a task that cannot be compared."""
+    arms = {"a": {1: 1.0}, "b": {1: 0.0, 2: 0.0, 3: 0.0}}
+    zeros = {"a": {1: 0.0}, "b": {1: 0.0, 2: 0.0, 3: 0.0}}
+    found = pooled_difference(arms, zeros)
+    assert found.mean == 0.5 and found.interval is None
+    assert pooled_difference(arms, {"a": {1: 0.0}, "b": {9: 0.0}}) is None
+    assert pooled_difference(arms, {"a": {1: 0.0}}) is None
+    assert pooled_difference({}, {}) is None

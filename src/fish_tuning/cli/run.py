@@ -105,9 +105,10 @@ def _run(config: ExperimentConfig, name: str) -> None:
     stdout().print(_table(results))
     for path in paths:
         stdout().print(str(path), markup=False, soft_wrap=True)
-    failed = [run for run in results.runs if run.status == "failed"]
+    runs = [*results.search, *results.runs]
+    failed = [run for run in runs if run.status == "failed"]
     if failed:
-        say(f"{len(failed)} of {len(results.runs)} runs failed; the same command tries them again:")
+        say(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")
         for run in failed:
             say(f"  {run.run_id}: {run.error}")
         raise typer.Exit(EXIT_FAILED_RUNS)

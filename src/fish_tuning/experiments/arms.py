@@ -6,12 +6,17 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.schema import ORIGINAL_LORA, ExperimentConfig, PeerConfig
+from fish_tuning.experiments.schema import (
+    ORIGINAL_LORA,
+    ExperimentConfig,
+    PeerConfig,
+    VariantConfig,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 FISH_RANK_LORA = "LoRA (FISH rank)"
 LORA_FA = "LoRA-FA"
+
+ArmKey = tuple[str, float | None]
+"""Name and ratio of an arm."""
 
 Criterion = Literal["fisher", "random", "reversed"]
 CRITERIA: dict[str, Criterion] = {
@@ -38,28 +46,51 @@ class Arm:
     """One arm at one budget with one seed: one run.
 
     Attributes:
-        name: As in the config, or a peer's label.
+        name: As in the config, or the label of a variant or peer.
         ratio: Budget as a fraction of the baseline's count; None for arms without a mask.
         seed: Seed of head, adapter, data order and selection.
-        run_id: Folder name of the run. It is the same whenever the run would be the same.
+        digest: That of the experiment.
         peer: What a peer arm adds to the model; None for all others.
+        variant: The rule that a variant selects by; None for all others.
+        learning_rate: Chosen or to be tried by a search; None for that of the training arguments.
+        held_out: Training examples that a run of a search is evaluated on; None for all others.
     """
 
     name: str
     ratio: float | None
     seed: int
-    run_id: str
+    digest: str
     peer: PeerConfig | None = None
+    variant: VariantConfig | None = None
+    learning_rate: float | None = None
+    held_out: int | None = None
 
     @property
     def criterion(self) -> Criterion | None:
         """What a masked arm selects by; None for arms without a mask."""
+        if self.variant is not None:
+            return "fisher"
         return None if self.peer else CRITERIA.get(self.name)
 
     @property
-    def key(self) -> tuple[str, float | None]:
-        """What its counts depend on."""
+    def key(self) -> ArmKey:
+        """What its counts and its learning rate depend on."""
         return self.name, self.ratio
+
+    @property
+    def run_id(self) -> str:
+        """Folder name of the run. It is the same whenever the run would be the same."""
+        parts = [re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "arm"]
+        if (own := self.peer or self.variant) is not None:
+            text = json.dumps(own.model_dump(mode="json"), sort_keys=True)
+            parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+        if self.ratio is not None:
+            parts.append(f"ratio{self.ratio!r}".removesuffix(".0"))
+        if self.learning_rate is not None:
+            parts.append(f"lr{self.learning_rate!r}")
+        if self.held_out is not None:
+            parts.append(f"search{self.held_out}")
+        return "-".join([*parts, f"seed{self.seed}", self.digest[:12]])
 
 
 @dataclass(frozen=True)
@@ -75,39 +106,57 @@ class Counts:
     total: int
 
 
-def planned(config: ExperimentConfig) -> list[Arm]:
-    """The runs of an experiment: budgets, seeds, arms. Arms without a budget run once a seed."""
+def planned(
+    config: ExperimentConfig, learning_rates: Mapping[ArmKey, float] | None = None
+) -> list[Arm]:
+    """The runs of an experiment: budgets, seeds, arms. Arms without a budget run once a seed.
+
+    Args:
+        config: The experiment.
+        learning_rates: What a search has chosen; arms that it has chosen nothing for are left
+            out. Without it, all arms have the learning rate of the training arguments.
+    """
+    arms = _arms(config, config.seeds)
+    if learning_rates is None:
+        return arms
+    return [
+        replace(arm, learning_rate=learning_rates[arm.key])
+        for arm in arms
+        if arm.key in learning_rates
+    ]
+
+
+def searched(config: ExperimentConfig) -> list[Arm]:
+    """The runs of the search for learning rates, in the order of the plan; none without one."""
+    search = config.learning_rate_search
+    if search is None:
+        return []
+    return [
+        replace(arm, learning_rate=value, held_out=search.held_out)
+        for arm in _arms(config, search.seeds)
+        for value in search.values
+    ]
+
+
+def _arms(config: ExperimentConfig, seeds: Sequence[int]) -> list[Arm]:
+    fish, digest = config.fish_tuning, config.digest()
     arms = []
-    for ratio in config.fish_tuning.ratios:
-        for seed in config.seeds:
+    for ratio in fish.ratios:
+        for seed in seeds:
             arms += [
-                _arm(config, name, ratio if name in CRITERIA else None, seed)
-                for name in config.fish_tuning.methods_to_run
+                Arm(name, ratio if name in CRITERIA else None, seed, digest)
+                for name in fish.methods_to_run
             ]
-            arms += [_arm(config, peer.label, None, seed, peer) for peer in config.peers]
+            arms += [Arm(v.name, ratio, seed, digest, variant=v) for v in fish.variants]
+            arms += [Arm(peer.label, None, seed, digest, peer) for peer in config.peers]
     return list({arm.run_id: arm for arm in arms}.values())
 
 
-def _arm(
-    config: ExperimentConfig,
-    name: str,
-    ratio: float | None,
-    seed: int,
-    peer: PeerConfig | None = None,
-) -> Arm:
-    parts = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "arm"]
-    if peer is not None:
-        text = json.dumps(peer.model_dump(mode="json"), sort_keys=True)
-        parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
-    if ratio is not None:
-        parts.append(f"ratio{ratio!r}".removesuffix(".0"))
-    parts += [f"seed{seed}", config.digest()[:12]]
-    return Arm(name, ratio, seed, "-".join(parts), peer)
+def _baseline(config: ExperimentConfig) -> Arm:
+    return Arm(ORIGINAL_LORA, None, config.seeds[0], config.digest())
 
 
-def trainable_counts(
-    config: ExperimentConfig, num_labels: int
-) -> dict[tuple[str, float | None], int]:
+def trainable_counts(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, int]:
     """How many parameters each arm trains, head included, from the model's config.json alone.
 
     Args:
@@ -129,15 +178,13 @@ def total_params(config: ExperimentConfig, num_labels: int) -> int:
     Raises:
         ConfigError: As in `trainable_counts`.
     """
-    baseline = _arm(config, ORIGINAL_LORA, None, config.seeds[0])
-    return _counts_of(_meta_peft_model(config, baseline, num_labels)).total
+    return _counts_of(_meta_peft_model(config, _baseline(config), num_labels)).total
 
 
-def arm_counts(config: ExperimentConfig, num_labels: int) -> dict[tuple[str, float | None], Counts]:
+def arm_counts(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, Counts]:
     """As `trainable_counts`, with the total."""
     arms = {arm.key: arm for arm in planned(config)}
-    baseline_arm = _arm(config, ORIGINAL_LORA, None, config.seeds[0])
-    baseline = _counts_of(_meta_peft_model(config, baseline_arm, num_labels))
+    baseline = _counts_of(_meta_peft_model(config, _baseline(config), num_labels))
     pool: dict[str, Parameter] | None = None
     total = 0
     counts = {}
@@ -324,9 +371,8 @@ def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
     """The rank at which B alone holds as nearly as possible what LoRA's A and B hold."""
     from fish_tuning.selection import LORA_SIDE
 
-    baseline = _arm(config, ORIGINAL_LORA, None, config.seeds[0])
     sizes = {"A": 0, "B": 0}
-    adapted = _meta_peft_model(config, baseline, model.config.num_labels or 2)
+    adapted = _meta_peft_model(config, _baseline(config), model.config.num_labels or 2)
     for name, tensor in trainable_tensors(adapted).items():
         match = LORA_SIDE.search(name)
         if match is not None:

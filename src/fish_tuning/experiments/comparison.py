@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fish_tuning.experiments.metrics import KNOWN_METRICS, greater_is_better
@@ -18,10 +19,13 @@ from fish_tuning.experiments.statistics import (
     baseline_of,
     group_runs,
     paired_difference,
+    pooled_difference,
     spread,
 )
 
 MISSING = "n/a"
+OVER_ALL = "Over all experiments, each counting the same"
+LEARNING_RATES = "Learning rates tried, by the main metric on held-out training examples"
 _MIB = 2**20
 
 
@@ -78,6 +82,69 @@ _PUBLISHED = (
 )
 
 
+def learning_rate_table(
+    results: Results,
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+    """What a search for learning rates has seen: headers, and a row for each arm and budget.
+
+    A cell is the mean of the main metric over the seeds, on the held-out examples; the one that
+    was chosen is marked. None without a search.
+    """
+    metric = _main_metric(results.search)
+    if metric is None:
+        return None
+    values = sorted({run.learning_rate for run in results.search if run.learning_rate is not None})
+    chosen = {(run.arm, run.ratio): run.learning_rate for run in results.runs}
+    rows = []
+    for group in group_runs(results.search):
+        cells = []
+        for value in values:
+            of_value = replace(
+                group, runs=tuple(run for run in group.runs if run.learning_rate == value)
+            )
+            mean = spread(of_value.by_seed(metric).values())
+            text = MISSING if mean is None else f"{mean.mean:.4f}"
+            is_chosen = chosen.get((group.arm, group.ratio)) == value
+            cells.append(f"{text} (chosen)" if is_chosen else text)
+        rows.append((group.label, *cells))
+    return ("Method", *(f"{value:g}" for value in values)), tuple(rows)
+
+
+def pooled_table(
+    sweeps: Sequence[Results],
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
+    """Arms over several sweeps, each sweep counting the same: headers, and a row for each.
+
+    Shown are the arms and budgets that every sweep has, by the mean of its main metric. None for
+    one sweep, or where no arm is in all.
+    """
+    comparisons = [compare(sweep) for sweep in sweeps]
+    by_label = [{group.label: group for group in c.groups} for c in comparisons]
+    shared = [label for label in by_label[0] if all(label in groups for groups in by_label)]
+    if len(sweeps) < 2 or not shared:
+        return None
+    rows = []
+    for label in shared:
+        arm, baselines, means = {}, {}, []
+        for number, (comparison, groups) in enumerate(zip(comparisons, by_label, strict=True)):
+            metric = comparison.metric or ""
+            mean = spread(groups[label].by_seed(metric).values())
+            means.append(math.nan if mean is None else mean.mean)
+            baseline = baseline_of(groups[label], comparison.groups, ORIGINAL_LORA)
+            arm[str(number)] = groups[label].by_seed(metric)
+            baselines[str(number)] = baseline.by_seed(metric) if baseline else {}
+        over_all = math.fsum(means) / len(means)
+        difference = format_difference(pooled_difference(arm, baselines))
+        rows.append(
+            (
+                label,
+                f"{over_all:.4f}" if math.isfinite(over_all) else MISSING,
+                "baseline" if groups[label].arm == ORIGINAL_LORA else difference,
+            )
+        )
+    return ("Method", "Mean over experiments", f"Difference to {ORIGINAL_LORA}"), tuple(rows)
+
+
 def shared_notes(comparisons: Iterable[Comparison]) -> list[str]:
     """The notes of several tables, each once."""
     return list(dict.fromkeys(note for comparison in comparisons for note in comparison.notes))
@@ -88,11 +155,13 @@ def compare(results: Results) -> Comparison:
     groups = group_runs(results.runs)
     metric = _main_metric(results.runs)
     published = _find_published(results) if metric == "accuracy" else None
+    searched = any(run.learning_rate is not None for run in results.runs)
     headers = (
         "Method",
         "Train Time (s)",
         "Peak Memory (MiB)",
         "Final Trainable Params",
+        *(["Learning Rate"] if searched else []),
         f"Val {metric_title(metric)}",
         "Seeds",
         f"Difference to {ORIGINAL_LORA}",
@@ -104,6 +173,7 @@ def compare(results: Results) -> Comparison:
             _cell(group, lambda run: run.train_seconds, "{:,.1f}"),
             _cell(group, lambda run: _mebibytes(run.peak_memory_bytes), "{:,.0f}"),
             _cell(group, lambda run: run.trainable_params, "{:,.0f}"),
+            *([_learning_rate(group)] if searched else []),
             MISSING
             if metric is None
             else format_spread(spread(group.by_seed(metric).values()), "{:.4f}"),
@@ -176,6 +246,11 @@ def _difference(group: Group, groups: Sequence[Group], metric: str | None) -> st
     return text
 
 
+def _learning_rate(group: Group) -> str:
+    values = {run.learning_rate for run in group.runs if run.learning_rate is not None}
+    return ", ".join(f"{value:g}" for value in sorted(values)) or MISSING
+
+
 def _notes(
     runs: Sequence[Run],
     groups: Sequence[Group],
@@ -187,6 +262,11 @@ def _notes(
         "evaluation, saving and scoring. Final Trainable Params: scalars that the optimizer held, "
         "head included."
     ]
+    if any(run.learning_rate is not None for run in runs):
+        notes.append(
+            "Learning Rate: chosen for each method and budget on examples held out of the "
+            "training data, before the runs of this table."
+        )
     places = sorted({run.peak_memory_of for run in runs if run.peak_memory_of})
     if places:
         # A process keeps what earlier runs made it ask for.
@@ -196,8 +276,8 @@ def _notes(
     if any(group.arm == ORIGINAL_LORA for group in groups) and len(groups) > 1:
         notes.append(
             f"Difference: mean over the seeds that both have, seed by seed, with a 95% percentile "
-            f"bootstrap interval ({RESAMPLES:,} resamples of the seeds). With few seeds the "
-            "interval is too narrow."
+            f"bootstrap interval ({RESAMPLES:,} resamples of the seeds, within each experiment "
+            "where there are several). With few seeds the interval is too narrow."
         )
     if published:
         notes.append(

@@ -95,7 +95,13 @@ def load_data(config: DatasetConfig, *, seed: int = 42) -> TaskData:
             )
         validation = _encoded(validation, validation_name, text_columns, label_column, space)
     else:
-        train, validation = _hold_out(train, label_column, config, space.task, seed)
+        size = round(config.validation_fraction * len(train))
+        if not 0 < size < len(train):
+            raise ConfigError(
+                f"dataset.validation_fraction: {config.validation_fraction} of {len(train)} "
+                "examples leaves a split empty; change it or name a validation_split"
+            )
+        train, validation = hold_out(train, label_column, size, space.task, seed)
     train = _subset(train, config.max_train_samples, seed)
     validation = _subset(validation, config.max_validation_samples, seed)
     if len(set(_values(train, label_column))) < 2:
@@ -117,6 +123,34 @@ def load_data(config: DatasetConfig, *, seed: int = 42) -> TaskData:
         num_labels=space.num_labels,
         metrics=metric_names(space.task, space.num_labels, config.metric, config.known_task),
     )
+
+
+def hold_out(
+    train: Dataset, label_column: str, size: int, task: Task, seed: int = 42
+) -> tuple[Dataset, Dataset]:
+    """Split off examples, of each class the same share.
+
+    Args:
+        train: The examples.
+        label_column: The column with the labels.
+        size: How many to split off, fewer than there are.
+        task: Regression has no classes.
+        seed: Chooses them.
+
+    Returns:
+        The other examples, and those.
+    """
+    labels = np.asarray(_values(train, label_column))
+    generator = np.random.default_rng(seed)
+    rows = generator.permutation(len(labels))
+    groups = [rows]
+    if task == "classification":
+        groups = [rows[labels[rows] == label] for label in generator.permutation(np.unique(labels))]
+    # Taking the lowest of these, from all classes, takes the same share of each.
+    positions = np.concatenate([(np.arange(len(group)) + 0.5) / len(group) for group in groups])
+    chosen = np.sort(np.concatenate(groups)[np.argsort(positions, kind="stable")[:size]])
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)
+    return train.select(rest), train.select(chosen)
 
 
 def tokenize(
@@ -262,29 +296,6 @@ def _encoded(
     where = f"dataset.label_column {label_column!r} of the split {split!r}"
     columns[label_column] = list(space.encode(_values(data, label_column), where))
     return Dataset.from_dict(columns)
-
-
-def _hold_out(
-    train: Dataset, label_column: str, config: DatasetConfig, task: Task, seed: int
-) -> tuple[Dataset, Dataset]:
-    """Split off `validation_fraction` of the examples, of each class the same share."""
-    labels = np.asarray(_values(train, label_column))
-    generator = np.random.default_rng(seed)
-    rows = generator.permutation(len(labels))
-    groups = [rows]
-    if task == "classification":
-        groups = [rows[labels[rows] == label] for label in generator.permutation(np.unique(labels))]
-    # Taking the lowest of these, from all classes, takes the same share of each.
-    positions = np.concatenate([(np.arange(len(group)) + 0.5) / len(group) for group in groups])
-    size = round(config.validation_fraction * len(labels))
-    chosen = np.sort(np.concatenate(groups)[np.argsort(positions, kind="stable")[:size]])
-    rest = np.setdiff1d(np.arange(len(labels)), chosen)
-    if not len(chosen) or not len(rest):
-        raise ConfigError(
-            f"dataset.validation_fraction: {config.validation_fraction} of {len(labels)} examples "
-            "leaves a split empty; change it or name a validation_split"
-        )
-    return train.select(rest), train.select(chosen)
 
 
 def _subset(data: Dataset, size: int | None, seed: int) -> Dataset:

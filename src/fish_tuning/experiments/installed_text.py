@@ -108,6 +108,17 @@ def load_installed_text(
     )
 
 
+def docstrings(package: str) -> Iterator[str]:
+    """All docstrings of an installed package, tests left out, as they stand in the sources.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed.
+    """
+    with _parsing_many():
+        for path in _source_files(package, seed=0):
+            yield from _docstrings(path)
+
+
 def _balanced(
     found: dict[str, dict[str, str]], split: str, size: int, seed: int, features: Features
 ) -> Dataset:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 
-from fish_tuning.experiments.arms import arm_counts
+from fish_tuning.experiments.arms import arm_counts, searched
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.schema import ORIGINAL_LORA, ExperimentConfig
 
@@ -42,6 +42,7 @@ class Plan:
         num_labels: The model's outputs.
         arms: Every arm at every budget.
         seeds: Each arm runs once with each.
+        search_runs: Runs that choose the learning rates before.
         train_examples: Training examples; None if they cannot be counted here.
         at_most: Whether that number is only a bound.
         examples_note: Why they cannot be counted, if so.
@@ -53,6 +54,7 @@ class Plan:
     num_labels: int
     arms: tuple[PlannedArm, ...]
     seeds: tuple[int, ...]
+    search_runs: int
     train_examples: int | None
     at_most: bool
     examples_note: str
@@ -61,8 +63,8 @@ class Plan:
 
     @property
     def num_runs(self) -> int:
-        """Number of trainings."""
-        return len(self.arms) * len(self.seeds)
+        """Number of trainings, those of a search for learning rates included."""
+        return len(self.arms) * len(self.seeds) + self.search_runs
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render the plan as a list of facts and a table of the arms."""
@@ -99,7 +101,8 @@ class Plan:
         else:
             yield "optimizer steps", f"{bound}{self.steps:,} a run, on one device"
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
-        yield "runs", f"{self.num_runs}: {len(self.arms)} arms, each with {seeds}"
+        search = f", after {self.search_runs} that choose learning rates" * bool(self.search_runs)
+        yield "runs", f"{self.num_runs}: {len(self.arms)} arms, each with {seeds}{search}"
         yield "results", self.output_dir
 
 
@@ -127,6 +130,7 @@ def plan(config: ExperimentConfig) -> Plan:
         num_labels=num_labels,
         arms=tuple(PlannedArm(*arm, count.trainable, count.total) for arm, count in counts.items()),
         seeds=tuple(config.seeds),
+        search_runs=len(searched(config)),
         train_examples=examples,
         at_most=at_most,
         examples_note=note,

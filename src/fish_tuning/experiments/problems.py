@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fish_tuning.experiments.schema import ExperimentConfig, PeerConfig
+from fish_tuning.experiments.schema import ExperimentConfig, PeerConfig, VariantConfig
 from fish_tuning.experiments.training_args import FieldProblems, argument_types
 
 
@@ -101,6 +101,6 @@ def _known_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
         paths.append(prefix + name)
         section = _section_of(field.annotation)
         if section is not None:
-            mark = "[]" if section is PeerConfig else ""
+            mark = "[]" if section in (PeerConfig, VariantConfig) else ""
             paths += _known_paths(section, f"{prefix}{name}{mark}.")
     return paths

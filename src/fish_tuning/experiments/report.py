@@ -13,7 +13,15 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.experiments.comparison import compare, model_and_dataset, shared_notes
+from fish_tuning.experiments.comparison import (
+    LEARNING_RATES,
+    OVER_ALL,
+    compare,
+    learning_rate_table,
+    model_and_dataset,
+    pooled_table,
+    shared_notes,
+)
 from fish_tuning.experiments.report_html import html_report
 from fish_tuning.experiments.results import Results, Run
 
@@ -69,16 +77,16 @@ def _is_scalar(annotation: Any) -> bool:
 
 
 def csv_table(sweeps: Iterable[Results]) -> str:
-    """One row for each run; metrics are the last columns, by name."""
+    """One row for each run, those of a search last; metrics are the last columns, by name."""
     sweeps = list(sweeps)
-    metrics = sorted({name for sweep in sweeps for run in sweep.runs for name in run.metrics})
+    metrics = sorted({name for s in sweeps for run in [*s.runs, *s.search] for name in run.metrics})
     fields = list(csv_fields())
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*fields, *(f"metrics.{name}" for name in metrics)])
     for sweep in sweeps:
         of_sweep = [sweep.name, *model_and_dataset(sweep)]
-        for run in sweep.runs:
+        for run in [*sweep.runs, *sweep.search]:
             of_run = [getattr(run, name) for name in fields[len(of_sweep) :]]
             writer.writerow([*of_sweep, *of_run, *(run.metrics.get(name) for name in metrics)])
     return stream.getvalue()
@@ -89,6 +97,9 @@ def markdown_report(sweeps: Iterable[Results]) -> str:
     sweeps = list(sweeps)
     comparisons = [compare(sweep) for sweep in sweeps]
     parts = ["# Results"]
+    pooled = pooled_table(sweeps)
+    if pooled:
+        parts += [f"{OVER_ALL}:", _table(*pooled)]
     for sweep, comparison in zip(sweeps, comparisons, strict=True):
         model, dataset = model_and_dataset(sweep)
         parts += [
@@ -96,7 +107,10 @@ def markdown_report(sweeps: Iterable[Results]) -> str:
             f"Model: {_text(model)}. Data: {_text(dataset)}.",
             _table(comparison.headers, comparison.rows) if comparison.rows else "No run yet.",
         ]
-        failed = [run for run in sweep.runs if run.status == "failed"]
+        tried = learning_rate_table(sweep)
+        if tried:
+            parts += [f"{LEARNING_RATES}:", _table(*tried)]
+        failed = [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"]
         if failed:
             items = [
                 f"- {_text(run.run_id)}: {_text(run.error or 'no error was recorded')}"

@@ -10,11 +10,15 @@ from string import Template
 from matplotlib.figure import Figure
 
 from fish_tuning.experiments.comparison import (
+    LEARNING_RATES,
     MISSING,
+    OVER_ALL,
     Comparison,
     compare,
+    learning_rate_table,
     metric_title,
     model_and_dataset,
+    pooled_table,
     shared_notes,
 )
 from fish_tuning.experiments.plots import (
@@ -100,6 +104,11 @@ def html_report(sweeps: Sequence[Results]) -> str:
     parts = []
     if len(sweeps) > 1:
         parts.append(_overview(sweeps, comparisons))
+        pooled = pooled_table(sweeps)
+        if pooled:
+            headers, rows = pooled
+            lines = [f"<tr>{_cells(row)}</tr>" for row in rows]
+            parts += [f"<p>{OVER_ALL}:</p>", _table(headers, lines)]
     for number, (sweep, comparison) in enumerate(zip(sweeps, comparisons, strict=True), start=1):
         parts.append(_section(sweep, comparison, number, heading=len(sweeps) > 1))
     notes = "".join(f"<li>{escape(note)}</li>" for note in shared_notes(comparisons))
@@ -131,7 +140,12 @@ def _section(sweep: Results, comparison: Comparison, number: int, heading: bool)
         parts.append(_table(comparison.headers, lines))
     else:
         parts.append("<p>No run yet.</p>")
-    failed = [run for run in sweep.runs if run.status == "failed"]
+    tried = learning_rate_table(sweep)
+    if tried:
+        headers, rows = tried
+        lines = [f"<tr>{_cells(row)}</tr>" for row in rows]
+        parts += [f"<h3>{LEARNING_RATES}</h3>", _table(headers, lines)]
+    failed = [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"]
     if failed:
         parts.append("<h3>Failed runs</h3>")
         for run in failed:

@@ -50,6 +50,15 @@ class Run(_Record):
         description="Budget as a fraction of the baseline; null: no budget."
     )
     seed: int = Field(description="Seed of weights, data order and selection.")
+    learning_rate: float | None = Field(
+        default=None,
+        description="Chosen or tried by the search for learning rates; null: the config's.",
+    )
+    held_out: int | None = Field(
+        default=None,
+        description="Training examples that a run of the search was evaluated on; null: the "
+        "validation split.",
+    )
     status: Literal["finished", "failed"] = Field(description="How the run ended.")
     error: str | None = Field(default=None, description="Why a failed run failed.")
     config: dict[str, Any] = Field(description="The resolved experiment config.")
@@ -115,6 +124,11 @@ class Results(_Record):
     name: str = Field(description="Name of the experiment: the config file's stem.")
     config: dict[str, Any] = Field(description="The resolved config of the sweep.")
     runs: list[Run] = Field(description="In the order of the plan: budgets, seeds, arms.")
+    search: list[Run] = Field(
+        default=[],
+        description="The runs that chose the learning rates; evaluated on examples held out of "
+        "the training data.",
+    )
 
 
 def write_json(path: Path, record: BaseModel) -> None:

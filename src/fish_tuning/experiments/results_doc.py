@@ -49,7 +49,8 @@ def results_document() -> str:
         "An entry of `score_histograms`.",
         *_model(ScoreHistogram),
         f"## {CSV_FILE}",
-        "One row a run, in the order of `runs`; what is not known is empty. The first columns:",
+        "One row a run, those of `runs` and then those of `search`, which have `held_out`; what is "
+        "not known is empty. The first columns:",
         _table(("column", "meaning"), [(f"`{k}`", v) for k, v in csv_fields().items()]),
         "Then a column `metrics.NAME` for each metric that any run has, by name.",
     ]

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from fish_tuning.experiments import environment, processes, training
-from fish_tuning.experiments.arms import Arm, arm_counts, planned
+from fish_tuning.experiments.arms import Arm, ArmKey, arm_counts, planned, searched
 from fish_tuning.experiments.checks import check_model, check_training_args
 from fish_tuning.experiments.config import check_output_dir
 from fish_tuning.experiments.data import load_data, tokenize
@@ -41,6 +41,7 @@ from fish_tuning.experiments.results import (
     write_json,
 )
 from fish_tuning.experiments.schema import ExperimentConfig
+from fish_tuning.experiments.search import LOSS, chosen_learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ _LOCK = ".lock"
 
 def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
     """Carry out all runs of an experiment that are not finished yet.
+
+    With a `learning_rate_search`, its runs come first: they choose each arm's learning rate.
 
     Each run's record is written once, when it ends; `results.json` holds those of the plan, in
     its order, and is written anew after each. Called again after an interruption, of whatever
@@ -83,9 +86,15 @@ def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
 
         processes.in_main(claim)
         progress = stack.enter_context(_progress())
-        for arm in planned(config):
+        search = config.learning_rate_search
+        held_out = task.holding_out(search.held_out) if search else task
+        results = Results(name=name, config=config.model_dump(mode="json"), runs=[])
+        for arm in searched(config):
+            _run_unless_finished(arm, held_out, folder, progress)
+            results = processes.in_main(lambda: _write_results(task, name, folder))
+        for arm in planned(config, _learning_rates(task, folder)):
             _run_unless_finished(arm, task, folder, progress)
-            results = processes.in_main(lambda: _write_results(config, name, folder))
+            results = processes.in_main(lambda: _write_results(task, name, folder))
     return results
 
 
@@ -104,6 +113,12 @@ def _prepared(config: ExperimentConfig) -> training.Task:
     training.training_arguments(config, folder, config.seeds[0], data.metrics)
     if counts is None or data.num_labels != known:
         counts = arm_counts(config, data.num_labels)
+    search = config.learning_rate_search
+    if search is not None and search.held_out >= len(data.train):
+        raise ConfigError(
+            f"learning_rate_search.held_out: {search.held_out:,} of {len(data.train):,} training "
+            "examples leave none to train on; hold out fewer"
+        )
     train, validation = tokenize(data, tokenizer, config.training.max_seq_length)
     return training.Task(
         config=config,
@@ -125,6 +140,8 @@ def _run_unless_finished(
             training.discard_temporary(folder)
         return
     title = f"{arm.name}{'' if arm.ratio is None else f' {arm.ratio:g}'}, seed {arm.seed}"
+    if arm.held_out is not None:
+        title += f", learning rate {arm.learning_rate:g}"
     line = progress.add_task(title, total=None, note="preparing")
 
     def report(step: int, total: int, loss: float | None) -> None:
@@ -168,7 +185,7 @@ def _finished(folder: Path) -> bool:
 
 
 def _check_processes(config: ExperimentConfig, folder: Path) -> None:
-    for arm in planned(config):
+    for arm in [*searched(config), *planned(config)]:
         record = folder / RUNS_FOLDER / arm.run_id / RUN_FILE
         if _finished(record.parent):
             before = read_run(record).hardware.get("processes", 1)
@@ -180,12 +197,35 @@ def _check_processes(config: ExperimentConfig, folder: Path) -> None:
                 )
 
 
-def _write_results(config: ExperimentConfig, name: str, folder: Path) -> Results:
+def _learning_rates(task: training.Task, folder: Path) -> dict[ArmKey, float] | None:
+    """What the search has chosen so far; None without a search."""
+    if task.config.learning_rate_search is None:
+        return None
+    args = training.training_arguments(task.config, folder, task.config.seeds[0], task.data.metrics)
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    return chosen_learning_rates(
+        _recorded(searched(task.config), folder),
+        LOSS if metric == "loss" else metric,
+        bool(args.greater_is_better),
+    )
+
+
+def _recorded(arms: Iterable[Arm], folder: Path) -> list[Run]:
     runs = []
-    for arm in planned(config):
+    for arm in arms:
         with contextlib.suppress(ConfigError):
             runs.append(read_run(folder / RUNS_FOLDER / arm.run_id / RUN_FILE))
-    results = Results(name=name, config=config.model_dump(mode="json"), runs=runs)
+    return runs
+
+
+def _write_results(task: training.Task, name: str, folder: Path) -> Results:
+    config = task.config
+    results = Results(
+        name=name,
+        config=config.model_dump(mode="json"),
+        runs=_recorded(planned(config, _learning_rates(task, folder)), folder),
+        search=_recorded(searched(config), folder),
+    )
     write_json(folder / RESULTS_FILE, results)
     return results
 

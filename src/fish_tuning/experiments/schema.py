@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     model_validator,
 )
 
@@ -317,33 +318,21 @@ class TrainingConfig(_Section):
     )
 
 
-class FishTuningConfig(_Section):
-    """Which arms run, and how entries are scored and selected."""
+class SelectionRule(_Section):
+    """How entries are scored and selected."""
 
-    methods_to_run: Annotated[
-        list[Method], BeforeValidator(_full_methods), AfterValidator(_distinct)
-    ] = Field(
-        default=DEFAULT_METHODS,
-        description="The arms. The original work's fish, rand and rev are accepted; with them, or "
-        "with an empty list, Original LoRA is added.",
-    )
     num_samples: Positive = Field(
         default=128, description="Training examples that the Fisher scores are computed on."
     )
-    prune_to_ratio_of_baseline: Ratio = Field(
-        default=1.0,
-        description="Trainable parameters of the masked arms, head included, as a fraction of the "
-        "baseline's.",
+    start: Literal["given", "fisher"] = Field(
+        default="given",
+        description="What LoRA's A starts from: as PEFT draws it, or the directions in which B "
+        "has the most Fisher information.",
     )
-    budgets: Annotated[list[Ratio], Field(min_length=1), AfterValidator(_distinct)] | None = Field(
-        default=None,
-        description="Several such fractions, each with masked arms of its own; replaces "
-        "prune_to_ratio_of_baseline.",
-    )
-    scope: Literal["global", "per_tensor", "balanced"] = Field(
+    scope: Literal["global", "per_tensor", "balanced", "rank"] = Field(
         default="balanced",
         description="How the budget is shared before the best entries are taken: not at all, by "
-        "tensor size, or in halves to LoRA's A and B.",
+        "tensor size, in halves to LoRA's A and B, or to whole ranks of LoRA.",
     )
     scoring_point: Literal["start", "perturbed", "warmup"] = Field(
         default="perturbed",
@@ -358,10 +347,64 @@ class FishTuningConfig(_Section):
         description="Fisher information with the labels of the data, or in expectation over the "
         "model's predictions.",
     )
+
+
+class VariantConfig(_Section):
+    """A further masked arm that selects by another rule."""
+
+    name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
+    rule: Annotated[dict[str, Any], Field(min_length=1)] = Field(
+        description="What differs from fish_tuning's own rule: num_samples, start, scope, "
+        "scoring_point, warmup_steps or estimator."
+    )
+
+
+class FishTuningConfig(SelectionRule):
+    """Which arms run, and how entries are scored and selected."""
+
+    methods_to_run: Annotated[
+        list[Method], BeforeValidator(_full_methods), AfterValidator(_distinct)
+    ] = Field(
+        default=DEFAULT_METHODS,
+        description="The arms. The original work's fish, rand and rev are accepted; with them, or "
+        "with an empty list, Original LoRA is added.",
+    )
+    prune_to_ratio_of_baseline: Ratio = Field(
+        default=1.0,
+        description="Trainable parameters of the masked arms, head included, as a fraction of the "
+        "baseline's.",
+    )
+    budgets: Annotated[list[Ratio], Field(min_length=1), AfterValidator(_distinct)] | None = Field(
+        default=None,
+        description="Several such fractions, each with masked arms of its own; replaces "
+        "prune_to_ratio_of_baseline.",
+    )
     seed: Seed | None = Field(
         default=None,
         description="Seed of the calibration sample and of random masks; by default the run's.",
     )
+    variants: list[VariantConfig] = Field(
+        default=[], description="Other rules to select by, each as a further masked arm."
+    )
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> Self:
+        problems = {}
+        for position, variant in enumerate(self.variants):
+            try:
+                self.rule_of(variant)
+            except ValidationError as error:
+                for problem in error.errors():
+                    path = ".".join(map(str, ("rule", *problem["loc"])))
+                    problems[f"variants[{position}].{path}"] = problem["msg"]
+        if problems:
+            raise FieldProblems(problems)
+        return self
+
+    def rule_of(self, variant: VariantConfig | None) -> SelectionRule:
+        """The rule that a masked arm selects by: this one, or a variant's."""
+        own = {name: getattr(self, name) for name in SelectionRule.model_fields}
+        return SelectionRule.model_validate(own | (variant.rule if variant else {}))
 
     @property
     def ratios(self) -> list[float]:
@@ -396,6 +439,26 @@ class PeerConfig(_Section):
         return self.name or self.method
 
 
+class LearningRateSearch(_Section):
+    """A learning rate for each arm and budget, chosen on examples held out of the training data."""
+
+    values: Annotated[
+        list[Annotated[float, Field(gt=0)]], Field(min_length=2), AfterValidator(_distinct)
+    ] = Field(
+        description="The learning rates to try. The one whose runs do best by "
+        "metric_for_best_model, on average over the seeds, trains the runs that count; of equally "
+        "good ones, the one of the lower loss."
+    )
+    held_out: Positive = Field(
+        default=1000,
+        description="Training examples that the search chooses by instead of training on them. "
+        "The runs that count train on them too.",
+    )
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = Field(
+        default=[0], description="Every learning rate is tried once with each of them."
+    )
+
+
 class ExperimentConfig(_Section):
     """An experiment: one model, one data set, several arms, several seeds."""
 
@@ -415,13 +478,23 @@ class ExperimentConfig(_Section):
         default=[42], description="Every arm runs once with each of them."
     )
     peers: list[PeerConfig] = Field(default=[], description="Other PEFT methods as further arms.")
+    learning_rate_search: LearningRateSearch | None = Field(
+        default=None,
+        description="Choose every arm's learning rate first; by default all train with the one "
+        "of the training arguments.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        labels = [*self.fish_tuning.methods_to_run, *(peer.label for peer in self.peers)]
+        labels = [
+            *self.fish_tuning.methods_to_run,
+            *(variant.name for variant in self.fish_tuning.variants),
+            *(peer.label for peer in self.peers),
+        ]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise FieldProblems({"peers": f"{twice[0]!r} names two arms; give one another name"})
+            key = "peers" if twice[0] in {peer.label for peer in self.peers} else "fish_tuning"
+            raise FieldProblems({key: f"{twice[0]!r} names two arms; give one another name"})
         return self
 
     @property
@@ -432,16 +505,22 @@ class ExperimentConfig(_Section):
     def digest(self) -> str:
         """Hash everything that a single run depends on beside its arm, budget and seed.
 
-        Adding seeds, arms or budgets to a config, or moving its results, keeps the digest: the
-        runs that are finished stay valid.
+        Adding seeds, arms, budgets or learning rates to a config, or moving its results, keeps
+        the digest: the runs that are finished stay valid.
         """
         shared = self.model_dump(
             mode="json",
             exclude={
                 "seeds": True,
                 "peers": True,
+                "learning_rate_search": True,
                 "training": {"output_dir"},
-                "fish_tuning": {"methods_to_run", "budgets", "prune_to_ratio_of_baseline"},
+                "fish_tuning": {
+                    "methods_to_run",
+                    "variants",
+                    "budgets",
+                    "prune_to_ratio_of_baseline",
+                },
             },
         )
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

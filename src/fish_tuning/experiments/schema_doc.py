@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
@@ -59,7 +59,7 @@ def configuration_document() -> str:
         for name, field in section.model_fields.items():
             below = _section_of(field.annotation)
             if below is not None:
-                mark = "" if below is field.annotation else "[]"
+                mark = "[]" if get_origin(field.annotation) is list else ""
                 queue.append((f"{path}.{name}{mark}".lstrip("."), below))
                 value = f"see `{queue[-1][0]}`"
             else:

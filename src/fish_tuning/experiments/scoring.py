@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from fish_tuning.alignment import align_with_fisher
 from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
 from fish_tuning.experiments.measurements import snapshot
 from fish_tuning.experiments.results import ScoreHistogram, write_json
-from fish_tuning.experiments.schema import ExperimentConfig
+from fish_tuning.experiments.schema import ExperimentConfig, SelectionRule
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.mask import FishMask
 from fish_tuning.selection import (
@@ -72,6 +73,29 @@ class Selection:
         return cls(mask, record.score_seconds, record.score_histograms)
 
 
+def prepare_start(
+    model: nn.Module, arm: Arm, config: ExperimentConfig, train: Any, collate: Callable[[Any], Any]
+) -> float:
+    """Bring a masked arm's adapter to where its rule wants it to start.
+
+    Args:
+        model: The model with its adapter as PEFT draws it, changed in place.
+        arm: A masked arm.
+        config: The experiment.
+        train: Tokenised training examples.
+        collate: Makes a batch of some of them.
+
+    Returns:
+        The seconds that it took.
+    """
+    began = time.perf_counter()
+    rule = config.fish_tuning.rule_of(arm.variant)
+    if rule.start == "fisher":
+        loader = _calibration_set(arm, config, train, collate)
+        align_with_fisher(model, loader, **_options(rule, _seed(arm, config)))
+    return time.perf_counter() - began
+
+
 def select(
     model: nn.Module,
     arm: Arm,
@@ -92,19 +116,14 @@ def select(
         collate: Makes a batch of some of them.
         warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
     """
-    fish = config.fish_tuning
-    seed = arm.seed if fish.seed is None else fish.seed
+    rule = config.fish_tuning.rule_of(arm.variant)
+    seed = _seed(arm, config)
     began = time.perf_counter()
     if arm.criterion == "random":
         scores, histograms = random_scores(trainable_tensors(model), seed), []
     else:
-        rows = np.random.default_rng(seed).permutation(len(train))[: fish.num_samples]
-        loader: DataLoader[Any] = DataLoader(
-            train.select(rows),
-            batch_size=config.training_args.get("per_device_train_batch_size", 8),
-            collate_fn=collate,
-        )
-        scores = _fisher(model, config, loader, seed, warmup)
+        loader = _calibration_set(arm, config, train, collate)
+        scores = _fisher(model, rule, loader, _options(rule, seed), warmup)
         histograms = score_histograms(scores)
         if arm.criterion == "reversed":
             scores = reversed_scores(scores)
@@ -114,37 +133,56 @@ def select(
         names_to_exclude=names_left_dense(
             config, {name: tensor.numel() for name, tensor in scores.items()}, budget
         ),
-        scope=fish.scope,
+        scope=rule.scope,
         provenance={
             "criterion": arm.criterion,
-            "scoring_point": fish.scoring_point,
-            "warmup_steps": fish.warmup_steps if fish.scoring_point == "warmup" else None,
-            "estimator": fish.estimator,
-            "num_samples": fish.num_samples,
+            "start": rule.start,
+            "scoring_point": rule.scoring_point,
+            "warmup_steps": rule.warmup_steps if rule.scoring_point == "warmup" else None,
+            "estimator": rule.estimator,
+            "num_samples": rule.num_samples,
             "seed": seed,
         },
     )
     return Selection(mask, time.perf_counter() - began, histograms)
 
 
+def _seed(arm: Arm, config: ExperimentConfig) -> int:
+    return arm.seed if config.fish_tuning.seed is None else config.fish_tuning.seed
+
+
+def _options(rule: SelectionRule, seed: int) -> dict[str, Any]:
+    return {"estimator": rule.estimator, "seed": seed, "progress": False}
+
+
+def _calibration_set(
+    arm: Arm, config: ExperimentConfig, train: Any, collate: Callable[[Any], Any]
+) -> DataLoader[Any]:
+    rule = config.fish_tuning.rule_of(arm.variant)
+    rows = np.random.default_rng(_seed(arm, config)).permutation(len(train))[: rule.num_samples]
+    return DataLoader(
+        train.select(rows),
+        batch_size=config.training_args.get("per_device_train_batch_size", 8),
+        collate_fn=collate,
+    )
+
+
 def _fisher(
     model: nn.Module,
-    config: ExperimentConfig,
+    rule: SelectionRule,
     loader: DataLoader[Any],
-    seed: int,
+    options: dict[str, Any],
     warmup: Callable[[int], Trainer],
 ) -> dict[str, Tensor]:
-    fish = config.fish_tuning
-    options: dict[str, Any] = {"estimator": fish.estimator, "seed": seed, "progress": False}
-    if fish.scoring_point == "perturbed":
+    if rule.scoring_point == "perturbed":
         return score_with_perturbed_b(model, loader, **options)
-    if fish.scoring_point == "start":
+    if rule.scoring_point == "start":
         return calculate_fisher_information(model, loader, **options)
     start = snapshot(model, trainable_tensors(model))
     training = model.training
     try:
-        trainer = warmup(fish.warmup_steps)
-        trainer.add_callback(_StopAfter(fish.warmup_steps))
+        trainer = warmup(rule.warmup_steps)
+        trainer.add_callback(_StopAfter(rule.warmup_steps))
         trainer.train()
         # Mixed precision wraps the forward pass, and would a second time in the training itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fish_tuning.experiments.results import Run
 
@@ -131,15 +132,55 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
     if center.std == 0:
         return Difference(center.mean, (center.mean, center.mean), seeds)
 
+    return Difference(center.mean, _interval([differences]), seeds)
+
+
+def pooled_difference(
+    arms: Mapping[str, Mapping[int, float]], baselines: Mapping[str, Mapping[int, float]]
+) -> Difference | None:
+    """Compare an arm with the baseline over several tasks, each counting the same.
+
+    The mean over tasks of the mean over seeds of paired differences. The interval resamples the
+    seeds within each task: it says how sure the mean over *these* tasks is, not over others.
+
+    Args:
+        arms: Metric by seed, by task.
+        baselines: The same of the baseline.
+
+    Returns:
+        The difference; its `seeds` are those of all tasks together. None where there is a task
+        in which they share no seed.
+    """
+    differences = []
+    seeds: set[int] = set()
+    for task, arm in arms.items():
+        baseline = baselines.get(task, {})
+        shared = sorted(arm.keys() & baseline.keys())
+        if not shared:
+            return None
+        differences.append([arm[seed] - baseline[seed] for seed in shared])
+        seeds.update(shared)
+    if not differences:
+        return None
+    mean = math.fsum(math.fsum(d) / len(d) for d in differences) / len(differences)
+    several = all(len(d) > 1 for d in differences)
+    return Difference(mean, _interval(differences) if several else None, tuple(sorted(seeds)))
+
+
+def _interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of the strata's means, resampled within each."""
     import numpy as np
     from scipy.stats import bootstrap
 
+    def mean_of_means(*samples: Any, axis: int = -1) -> Any:
+        return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
+
     interval = bootstrap(
-        (np.asarray(differences),),
-        np.mean,
+        [np.asarray(values) for values in strata],
+        mean_of_means,
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
         random_state=np.random.default_rng(0),
     ).confidence_interval
-    return Difference(center.mean, (float(interval.low), float(interval.high)), seeds)
+    return float(interval.low), float(interval.high)

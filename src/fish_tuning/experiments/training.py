@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,22 @@ from transformers import (
 )
 
 from fish_tuning.experiments import environment, processes
-from fish_tuning.experiments.arms import Arm, Counts, add_adapter, trainable_tensors
+from fish_tuning.experiments.arms import (
+    Arm,
+    ArmKey,
+    Counts,
+    add_adapter,
+    trainable_tensors,
+)
 from fish_tuning.experiments.checkpoints import DatedByStep, newest_complete
-from fish_tuning.experiments.data import TaskData
+from fish_tuning.experiments.data import TaskData, hold_out
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.measurements import Measurements, Report, snapshot
 from fish_tuning.experiments.metrics import compute_metrics_for, greater_is_better, main_metric
 from fish_tuning.experiments.models import load_model
 from fish_tuning.experiments.results import Run, TensorDensity
 from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.scoring import Selection, select
+from fish_tuning.experiments.scoring import Selection, prepare_start, select
 from fish_tuning.mask import FishMask
 from fish_tuning.trainer import FishTuningTrainer
 
@@ -66,8 +72,13 @@ class Task:
     train: Dataset
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase
-    counts: Mapping[tuple[str, float | None], Counts]
+    counts: Mapping[ArmKey, Counts]
     commit: str | None
+
+    def holding_out(self, size: int) -> Task:
+        """The same, evaluated on training examples that are not trained on."""
+        train, held_out = hold_out(self.train, "labels", size, self.data.task)
+        return replace(self, train=train, validation=held_out)
 
     @property
     def collate(self) -> DataCollatorWithPadding:
@@ -117,6 +128,8 @@ def training_arguments(
     # by the number of processes.
     args.setdefault("average_tokens_across_devices", False)
     args.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    # Left to itself, transformers takes bf16 for a wish for an accelerator.
+    args.setdefault("use_cpu", not torch.accelerator.is_available())
     args |= {
         "output_dir": str(folder.absolute()),
         "seed": seed,
@@ -134,6 +147,12 @@ def training_arguments(
             f"base_training.args, training.args_override: transformers refuses them: {reason}; "
             "correct the argument"
         ) from error
+
+
+def _arguments(arm: Arm, task: Task, folder: Path, **changes: Any) -> TrainingArguments:
+    if arm.learning_rate is not None:
+        changes["learning_rate"] = arm.learning_rate
+    return training_arguments(task.config, folder, arm.seed, task.data.metrics, **changes)
 
 
 def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
@@ -159,12 +178,13 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
     config, counts = task.config, task.counts[arm.key]
     metrics = task.data.metrics
     checkpoints = folder / CHECKPOINTS_FOLDER
-    args = training_arguments(config, checkpoints, arm.seed, metrics)
+    args = _arguments(arm, task, checkpoints)
     model, trained = start_of(arm, task, args)
-    start = snapshot(model, trained)
 
-    selection = None
+    selection, score_seconds = None, 0.0
     if arm.criterion is not None:
+        # Before a selection that an interrupted run has left, too: it holds no weights.
+        score_seconds = prepare_start(model, arm, config, task.train, task.collate)
         selection = processes.in_main(lambda: Selection.load(folder / SELECTION_FOLDER))
         if selection is None:
             if processes.is_main():
@@ -172,6 +192,8 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
             selection = _select(model, arm, task, args)
             if processes.is_main():
                 selection.save(folder / SELECTION_FOLDER)
+        score_seconds += selection.seconds
+    start = snapshot(model, trained)
 
     measurements = Measurements(start, counts.trainable, report)
     callbacks = [measurements, DatedByStep()]
@@ -205,6 +227,8 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
         arm=arm.name,
         ratio=arm.ratio,
         seed=arm.seed,
+        learning_rate=arm.learning_rate,
+        held_out=arm.held_out,
         status="finished",
         config=config.model_dump(mode="json"),
         budget=counts.trainable,
@@ -224,7 +248,7 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
             if "loss" in entry and math.isfinite(entry["loss"])
         ],
         train_seconds=measurements.seconds,
-        score_seconds=selection.seconds if selection else 0.0,
+        score_seconds=score_seconds,
         peak_memory_bytes=measurements.memory.peak,
         peak_memory_of=measurements.memory.of,
         adapter_bytes=adapter_bytes,
@@ -247,6 +271,8 @@ def failed_run(arm: Arm, task: Task, error: Exception, started: str) -> Run:
         arm=arm.name,
         ratio=arm.ratio,
         seed=arm.seed,
+        learning_rate=arm.learning_rate,
+        held_out=arm.held_out,
         status="failed",
         error=f"{type(error).__name__}: {error}",
         config=task.config.model_dump(mode="json"),
@@ -298,11 +324,10 @@ def start_of(arm: Arm, task: Task, args: TrainingArguments) -> tuple[nn.Module, 
 
 def _select(model: nn.Module, arm: Arm, task: Task, args: TrainingArguments) -> Selection:
     def warmup(steps: int) -> Trainer:
-        without = training_arguments(
-            task.config,
+        without = _arguments(
+            arm,
+            task,
             Path(args.output_dir or "."),
-            arm.seed,
-            task.data.metrics,
             eval_strategy="no",
             save_strategy="no",
             load_best_model_at_end=False,
