@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all fuzz bench bench-gpu lint clean
+.PHONY: help quickstart test test-all test-deepspeed fuzz bench bench-gpu lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -28,6 +28,17 @@ test: lint ## lint and the quick tests
 
 test-all: lint ## lint and every test, the slow ones too
 	$(PYTEST) -m "slow or not slow"
+
+# Not in .venv: accelerate imports DeepSpeed wherever it is installed, for whatever it does.
+WITH_DEEPSPEED := .venv-deepspeed
+
+$(WITH_DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(WITH_DEEPSPEED)
+	$(WITH_DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
+	@touch $@
+
+test-deepspeed: $(WITH_DEEPSPEED)/.installed ## training under DeepSpeed, in an environment of its own
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(WITH_DEEPSPEED)/bin/python -m pytest -m slow tests/test_deepspeed.py
 
 fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 	$(BIN)/python -m tests.fuzz 600
@@ -47,5 +58,5 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WITH_DEEPSPEED) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -293,8 +293,8 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, outcome) -> list[tuple]:
     """Put a runner in place that does what `outcome` does."""
     calls = []
 
-    def run_experiment(config, *, name):
-        calls.append((config, name))
+    def run_experiment(config, *, name, ray_cpus):
+        calls.append((config, name, ray_cpus))
         return outcome()
 
     module = types.ModuleType("fish_tuning.experiments.run")
@@ -364,8 +364,8 @@ def test_run_hands_over_config_and_name(project, monkeypatch):
     (project / "my sweep.yaml").write_text("seeds: [5]")
     result = invoke("run", "my sweep.yaml", "--set", "lora.fish_rank=3", "--set", "seeds=[7]")
     assert result.exit_code == 0, result.output
-    [(config, name)] = calls
-    assert name == "my sweep"
+    [(config, name, ray_cpus)] = calls
+    assert name == "my sweep" and ray_cpus is None
     assert config.lora.fish_rank == 3
     assert config.seeds == [7]
     assert "4,321" in result.stdout
@@ -419,6 +419,43 @@ def test_a_launch_ends_as_its_processes_do(project, monkeypatch, ending):
     assert result.exit_code == {"failed": 2, "killed": 1, "interrupted": 130}[ending]
     if ending == "interrupted":
         assert result.stderr.endswith("fish-tuning run base_config.yaml --num-processes 2\n")
+
+
+def test_runs_are_spread(project, monkeypatch):
+    """Guards the cores of a run on their way to the runner, and the command that goes on."""
+    monkeypatch.setattr(sys.modules["fish_tuning.cli.run"], "find_spec", lambda name: name)
+    calls = fake_run(monkeypatch, ended("finished"))
+    assert invoke("run", "base_config.yaml", "--ray").exit_code == 0
+    fake_run(monkeypatch, interrupted)
+    result = invoke("run", "base_config.yaml", "--ray", "--cpus-per-run", 3)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("fish-tuning run base_config.yaml --ray --cpus-per-run 3\n")
+    assert [ray_cpus for *_, ray_cpus in calls] == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ray"], "error: ray is not installed; run: pip install 'fish-tuning[ray]'"),
+        (["--ray", "--num-processes", 2], "error: --ray: several processes that train each run"),
+        (["--cpus-per-run", 2], "error: --cpus-per-run 2: only runs of --ray have cores; add it"),
+    ],
+)
+def test_what_cannot_be_spread(project, monkeypatch, words, said):
+    """Guards one message before anything is read or started."""
+    monkeypatch.setattr(sys.modules["fish_tuning.cli.run"], "find_spec", lambda name: None)
+    calls = fake_run(monkeypatch, ended("finished"))
+    result = invoke("run", "base_config.yaml", *words)
+    assert result.exit_code == 2 and calls == []
+    assert result.stderr.startswith(said)
+
+
+def test_a_launcher_and_ray_are_refused(project, monkeypatch):
+    """Guards against a cluster that every process of torchrun starts."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("run", "base_config.yaml", "--ray")
+    assert result.exit_code == 2
+    assert "another launcher" in result.stderr
 
 
 def test_of_several_processes_one_speaks(project, monkeypatch):

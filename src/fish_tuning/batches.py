@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fish_tuning.devices import device_of
+
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -149,7 +151,7 @@ class Forward:
 
     def on_device(self, batch: Batch | Tensor) -> Batch:
         """The batch with its tensors on the model's device."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         if isinstance(batch, Tensor):
             batch = [batch]
 

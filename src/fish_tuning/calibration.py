@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.batches import Batch, Forward, batch_size, parts_by_length, take
+from fish_tuning.devices import device_of
 from fish_tuning.distributed import Processes
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction, Objective
@@ -120,7 +121,7 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients; modes and random number generators are given back."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
+    device = device_of(model)
     with (
         torch.random.fork_rng(
             devices=[] if device.type == "cpu" else [device], device_type=device.type

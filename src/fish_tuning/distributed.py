@@ -1,8 +1,10 @@
 """Several processes of torch.distributed: one calibration set and one model, shared work."""
 
+import functools
 import random
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -96,13 +98,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model that DistributedDataParallel has wrapped, or the model itself.
 
     Raises:
-        ValueError: An engine has divided the parameters among the processes.
+        ValueError: DeepSpeed has the parameters, or an engine has divided them among the processes.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     if (engine := _sharding_engine(model)) is not None:
         raise ValueError(
             f"{engine} has divided the model's parameters among the processes: score and mask the "
             "model before it is sharded"
+        )
+    if _held_by_deepspeed(model):
+        raise ValueError(
+            "DeepSpeed has made its optimizer of the model's parameters: score and mask the model "
+            "before it is prepared"
         )
     return model
 
@@ -140,10 +147,20 @@ def whole(values: Tensor, size: int) -> Tensor:
     if values.numel() != size:
         raise RuntimeError(
             f"this process holds {values.numel()} of {size} trained values: a masked model trains "
-            "under DistributedDataParallel and fully_shard (FSDP2), not under "
-            "FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO-3"
+            "under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed ZeRO-1 or ZeRO-2, "
+            "not under FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO-3"
         )
     return values
+
+
+def after_deepspeed_steps(report: Callable[[nn.Module], None]) -> None:
+    """Has every step of a DeepSpeed engine reported, with its model, once DeepSpeed is imported.
+
+    ZeRO steps copies of its own inside an ordinary optimizer, whose hooks see nothing of the model.
+    The parameters get their new values later, in the engine's step, which has no hooks.
+    """
+    if (engine := _deepspeed_engine()) is not None:
+        _report_steps(engine, report)
 
 
 def assign(values: Any, part: slice, new: Tensor) -> None:
@@ -197,6 +214,33 @@ def _all_answering() -> Iterator[None]:
             "another process has ended or does not answer: look at what it said, and at what "
             f"killed it (often the system, out of memory). Here: {said}"
         ) from error
+
+
+def _deepspeed_engine() -> Any:
+    """DeepSpeed's class of engines if the program has imported it: it takes seconds to import."""
+    return getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+
+
+@functools.cache
+def _report_steps(engine: Any, report: Callable[[nn.Module], None]) -> None:
+    step = engine.step
+
+    @functools.wraps(step)
+    def reported(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, *args, **kwargs)
+        report(self.module)
+        return result
+
+    engine.step = reported
+
+
+def _held_by_deepspeed(model: nn.Module) -> bool:
+    engine = _deepspeed_engine()
+    if engine is None:
+        return False
+    # What ZeRO notes on a parameter: its place in the copies that are stepped.
+    mapped = any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
+    return mapped or isinstance(model, engine)
 
 
 def _sharding_engine(model: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fish_tuning.batches import Batch
 from fish_tuning.calibration import mean_over_examples
+from fish_tuning.devices import check_in_memory
 from fish_tuning.distributed import unwrapped
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction
@@ -85,8 +86,8 @@ def calculate_fisher_information(
 
     Raises:
         ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
-            a loss is not finite, or an argument is out of range; the parameters are sharded, or
-            the processes have different models or batches.
+            a loss is not finite, or an argument is out of range; the parameters are sharded or
+            offloaded, or the processes have different models or batches.
         RuntimeError: Another process failed.
         torch.OutOfMemoryError: Memory does not suffice for one example alone.
     """
@@ -107,6 +108,7 @@ def calculate_fisher_information(
             "the model has no trainable parameter: add an adapter, or set requires_grad on what "
             "is to be scored"
         )
+    check_in_memory(parameters)
     if device is not None:
         model.to(device)
     reduction = Entrywise(2 if statistic == "squared" else 1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fish_tuning.card import write_card
-from fish_tuning.distributed import assign
+from fish_tuning.distributed import after_deepspeed_steps, assign
 from fish_tuning.idle_layers import leave_out_idle_layers
 from fish_tuning.mask import FishMask
 from fish_tuning.storage import Group, MaskedTensor, grouped, take_out
@@ -150,9 +150,24 @@ class Holder(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.stale = True
 
-    def _write(self) -> None:
+    def _settle(self) -> None:
+        """Makes up for what was done to the holder behind its back."""
+        for group in self.groups:
+            before, now = group.storage.dtype, group.values.dtype
+            if before == now:
+                continue
+            # DeepSpeed casts parameters one by one, by their data, and leaves buffers as they are.
+            group.storage = group.storage.to(now)
+            for tensor in self.unselected:
+                if tensor.resting.dtype == before:
+                    tensor.install(tensor.resting.to(now))
+                    tensor.settle()
+            self.stale = True
         if self.stale:
             self._rest_anew()
+
+    def _write(self) -> None:
+        self._settle()
         for group in self.groups:
             group.write()
 
@@ -166,8 +181,9 @@ class Holder(nn.Module):
         if not torch.is_grad_enabled():
             self._write()
             return
-        if self.stale:
-            self._rest_anew()
+        self._settle()
+        if not torch.compiler.is_compiling():
+            after_deepspeed_steps(_after_engine_step)
         self.armed = True
         for group in self.groups:
             for tensor, view in zip(group.tensors, group.views(), strict=True):
@@ -279,9 +295,16 @@ _live: weakref.WeakSet[Holder] = weakref.WeakSet()
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _live:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for holder in list(_live):
-            holder.after_step(stepped)
+        _after_step({id(p) for group in optimizer.param_groups for p in group["params"]})
+
+
+def _after_engine_step(model: nn.Module) -> None:
+    _after_step({id(p) for p in model.parameters()})
+
+
+def _after_step(stepped: set[int]) -> None:
+    for holder in list(_live):
+        holder.after_step(stepped)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -11,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType
 from torch import Tensor, nn
 
+from fish_tuning.devices import check_in_memory
 from fish_tuning.distributed import check_equal, check_maskable
 from fish_tuning.holder import HOLDER, Holder, holder_of
 from fish_tuning.mask import FishMask
@@ -39,7 +40,8 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: The model has a mask already; the mask is of another model (unknown names,
-            other shapes); it selects entries of a frozen parameter, or nothing at all; the adapter
+            other shapes); it selects entries of a frozen or offloaded parameter, or nothing at
+            all; the adapter
             moves its own budget (AdaLoRA, AdaMSS with `use_asa`), or a tensor that is selected in
             part has gradient hooks (CPT and OSF set some); an engine wraps the model already, or
             the processes hold different tensors or masks. The model is unchanged.
@@ -127,6 +129,7 @@ def _check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
             f"the mask selects entries of {len(frozen)} frozen parameters: {_some(frozen)}. Set "
             "requires_grad on them first (PeftModel.from_pretrained takes is_trainable=True)"
         )
+    check_in_memory({name: parameters[name] for name in mask})
 
 
 def _check_gradients_unused(

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from fish_tuning.card import write_card
 from fish_tuning.mask import FishMask
@@ -36,8 +37,14 @@ class FishTuningCallback(TrainerCallback):
 
         Raises:
             ValueError: As in `apply_mask`; or there is no mask and the model has none either; or
-                the Trainer has copied the adapter of a model that was masked already.
+                the Trainer has copied the adapter of a model that was masked already; or it is to
+                train under DeepSpeed ZeRO-3.
         """
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 leaves each process a part of the trained values, and a masked "
+                "model needs all of them: set zero_optimization.stage to 1 or 2"
+            )
         model = kwargs["model"]
         if self.mask is not None:
             apply_mask(model, self.mask)
@@ -58,7 +65,7 @@ class FishTuningCallback(TrainerCallback):
                 "the model has no mask: FishTuningCallback came after the Trainer was built. Pass "
                 "it in callbacks=[...]; model_init is not supported"
             )
-        if args.deepspeed or args.fsdp:
+        if args.deepspeed_plugin is not None or args.fsdp:
             return  # Their optimizers hold tensors of their own.
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         if any(id(value) not in held for value in values):
@@ -69,7 +76,7 @@ class FishTuningCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warns, once, when a trained value is no number any more: the logged loss may hide it."""
-        if self._diverged or args.deepspeed or args.fsdp:
+        if self._diverged or args.fsdp:
             return
         values = masked_parameters(kwargs["model"])
         wrong = sum(int((~value.detach().isfinite()).sum()) for value in values)
@@ -148,11 +155,21 @@ class FishTuningTrainer(Trainer):
         if self.is_world_process_zero() and (mask := get_mask(self.masked_model)) is not None:
             write_card(str(self.args.output_dir), mask)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = FishMask.from_pretrained(resume_from_checkpoint)
-        if saved != get_mask(self.masked_model):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trains, as transformers' Trainer does.
+
+        Raises:
+            ValueError: The checkpoint to resume from was trained with another mask.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
+        # Here, as engines load their checkpoints in ways of their own.
+        if checkpoint and FishMask.from_pretrained(checkpoint) != get_mask(self.masked_model):
             raise ValueError(
-                f"{resume_from_checkpoint} was trained with another mask: resume with "
-                f"FishMask.from_pretrained({resume_from_checkpoint!r}) as the mask"
+                f"{checkpoint} was trained with another mask: resume with "
+                f"FishMask.from_pretrained({checkpoint!r}) as the mask"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -349,7 +349,7 @@ def _hold(folder, config, holding):
         holding.set()
         time.sleep(60)
 
-    run_module._run_unless_finished = wait
+    run_module.carry_out = wait
     os.chdir(folder)
     run_experiment(config, name="e")
 

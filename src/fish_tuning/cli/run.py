@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +38,16 @@ def run(
             min=1, help="Processes that train each run together; accelerate launch starts them."
         ),
     ] = 1,
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Spread the runs over Ray's cluster, or over this machine."),
+    ] = False,
+    cpus_per_run: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cores of each run with --ray; 1 if not given.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Run every arm with every seed and write the report.
 
@@ -46,17 +58,38 @@ def run(
     words = [str(config_file), *(word for o in overrides or [] for word in ("--set", o))]
     try:
         with user_errors():
+            _check_ray(ray, cpus_per_run, num_processes)
             config = _checked(config_file, overrides or [])
             if num_processes > 1:
                 _launch(words, num_processes)
             else:
-                _run(config, config_file.stem)
+                _run(config, config_file.stem, (cpus_per_run or 1) if ray else None)
     except KeyboardInterrupt:
         if num_processes > 1:
             words += ["--num-processes", str(num_processes)]
+        if ray:
+            words += ["--ray"]
+        if cpus_per_run is not None:
+            words += ["--cpus-per-run", str(cpus_per_run)]
         if process_rank() == 0:
             say(f"stopped; the same command goes on from here: fish-tuning run {shlex.join(words)}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _check_ray(ray: bool, cpus_per_run: int | None, num_processes: int) -> None:
+    if not ray:
+        if cpus_per_run is not None:
+            raise ValueError(
+                f"--cpus-per-run {cpus_per_run}: only runs of --ray have cores; add it"
+            )
+        return
+    if max(num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            "--ray: several processes that train each run together cannot be spread; take --ray, "
+            "or --num-processes or another launcher"
+        )
+    if find_spec("ray") is None:
+        raise ModuleNotFoundError("ray is not installed; run: pip install 'fish-tuning[ray]'")
 
 
 def _checked(config_file: Path, overrides: list[str]) -> ExperimentConfig:
@@ -91,12 +124,12 @@ def _launch(words: list[str], num_processes: int) -> None:
         raise KeyboardInterrupt from None
 
 
-def _run(config: ExperimentConfig, name: str) -> None:
+def _run(config: ExperimentConfig, name: str, ray_cpus: int | None) -> None:
     from fish_tuning.experiments import processes
     from fish_tuning.experiments.report import write_report
     from fish_tuning.experiments.run import run_experiment
 
-    results = run_experiment(config, name=name)
+    results = run_experiment(config, name=name, ray_cpus=ray_cpus)
     main = processes.is_main()
     processes.end()
     if not main:

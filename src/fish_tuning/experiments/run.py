@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fish_tuning.experiments.checks import check_model, check_training_args
 from fish_tuning.experiments.config import check_output_dir
 from fish_tuning.experiments.data import load_data, tokenize
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.measurements import Report
 from fish_tuning.experiments.metrics import KNOWN_METRICS
 from fish_tuning.experiments.models import load_tokenizer, quantization_options
 from fish_tuning.experiments.results import (
@@ -47,8 +49,14 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 
+Engine = Callable[
+    [Sequence[Arm], training.Task, Path, Callable[[Arm], Report]], Iterator[tuple[Arm, Run]]
+]
+"""Carries out runs and gives each as it ends. It is given the arms, what they share, the output
+folder, and a function to call when a run begins, which returns whom to tell of its steps."""
 
-def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
+
+def run_experiment(config: ExperimentConfig, *, name: str, ray_cpus: int | None = None) -> Results:
     """Carry out all runs of an experiment that are not finished yet.
 
     With a `learning_rate_search`, its runs come first: they choose each arm's learning rate.
@@ -65,17 +73,19 @@ def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
     Args:
         config: The experiment.
         name: Its name in the results.
+        ray_cpus: Cores of each run, several of which are then trained at a time as tasks of Ray
+            (`fish_tuning.experiments.engine_ray`). None trains one after the other, here.
 
     Returns:
         The records of all runs.
 
     Raises:
         ConfigError: Something in the config, the model or the data is wrong, another sweep runs
-            in the same folder, or its runs are of another number of processes. Before anything
-            is trained, and nothing has been written.
+            in the same folder, its runs are of another number of processes, or no machine has
+            `ray_cpus` cores. Before anything is trained, and nothing has been written.
         KeyboardInterrupt: The sweep was interrupted; calling again goes on with it.
     """
-    with _quiet(), contextlib.ExitStack() as stack:
+    with quiet(), contextlib.ExitStack() as stack:
         task = _prepared(config)
         folder = Path(config.training.output_dir)
 
@@ -85,17 +95,20 @@ def run_experiment(config: ExperimentConfig, *, name: str) -> Results:
             stack.enter_context(_locked(folder))
 
         processes.in_main(claim)
+        engine = stack.enter_context(_engine(ray_cpus))
         progress = stack.enter_context(_progress())
+
+        def write() -> Results:
+            return _write_results(task, name, folder)
+
         search = config.learning_rate_search
         held_out = task.holding_out(search.held_out) if search else task
-        results = Results(name=name, config=config.model_dump(mode="json"), runs=[])
-        for arm in searched(config):
-            _run_unless_finished(arm, held_out, folder, progress)
-            results = processes.in_main(lambda: _write_results(task, name, folder))
-        for arm in planned(config, _learning_rates(task, folder)):
-            _run_unless_finished(arm, task, folder, progress)
-            results = processes.in_main(lambda: _write_results(task, name, folder))
-    return results
+        for _ in _unfinished(searched(config), held_out, folder, progress, engine):
+            processes.in_main(write)
+        rates = _learning_rates(task, folder)
+        for _ in _unfinished(planned(config, rates), task, folder, progress, engine):
+            processes.in_main(write)
+        return processes.in_main(write)
 
 
 def _prepared(config: ExperimentConfig) -> training.Task:
@@ -131,23 +144,71 @@ def _prepared(config: ExperimentConfig) -> training.Task:
     )
 
 
-def _run_unless_finished(
-    arm: Arm, task: training.Task, output_dir: Path, progress: Progress
-) -> None:
-    folder = output_dir / RUNS_FOLDER / arm.run_id
-    if processes.in_main(lambda: _finished(folder)):
-        if processes.is_main():
-            training.discard_temporary(folder)
+@contextlib.contextmanager
+def _engine(ray_cpus: int | None) -> Iterator[Engine]:
+    if ray_cpus is None:
+        yield _in_turn
         return
-    title = f"{arm.name}{'' if arm.ratio is None else f' {arm.ratio:g}'}, seed {arm.seed}"
-    if arm.held_out is not None:
-        title += f", learning rate {arm.learning_rate:g}"
-    line = progress.add_task(title, total=None, note="preparing")
+    from fish_tuning.experiments.engine_ray import over_ray
 
-    def report(step: int, total: int, loss: float | None) -> None:
-        note = "" if loss is None else f"loss {loss:.4f}"
-        progress.update(line, completed=step, total=total, note=note)
+    with over_ray(ray_cpus) as engine:
+        yield engine
 
+
+def _in_turn(
+    arms: Sequence[Arm], task: training.Task, output_dir: Path, begin: Callable[[Arm], Report]
+) -> Iterator[tuple[Arm, Run]]:
+    for arm in arms:
+        yield arm, carry_out(arm, task, run_folder(output_dir, arm), begin(arm))
+
+
+def _unfinished(
+    arms: Iterable[Arm],
+    task: training.Task,
+    output_dir: Path,
+    progress: Progress,
+    engine: Engine,
+) -> Iterator[Run]:
+    """Carries out the runs that are not finished, and gives each when it is recorded."""
+    arms = list(arms)
+    folders = [run_folder(output_dir, arm) for arm in arms]
+    finished = processes.in_main(lambda: [_finished(folder) for folder in folders])
+    if processes.is_main():
+        for folder in itertools.compress(folders, finished):
+            training.discard_temporary(folder)
+    lines: dict[str, TaskID] = {}
+
+    def begin(arm: Arm) -> Report:
+        line = progress.add_task(_title(arm), total=None, note="preparing")
+        lines[arm.run_id] = line
+
+        def report(step: int, total: int, loss: float | None) -> None:
+            note = "" if loss is None else f"loss {loss:.4f}"
+            progress.update(line, completed=step, total=total, note=note)
+
+        return report
+
+    todo = [arm for arm, done in zip(arms, finished, strict=True) if not done]
+    for arm, run in engine(todo, task, output_dir, begin):
+        _close(progress, lines[arm.run_id], _title(arm), run)
+        yield run
+
+
+def carry_out(arm: Arm, task: training.Task, folder: Path, report: Report) -> Run:
+    """Carry out one run and record it, also when it fails.
+
+    Args:
+        arm: The arm.
+        task: What the runs share.
+        folder: The run's own folder.
+        report: Told of every step.
+
+    Returns:
+        The record.
+
+    Raises:
+        OSError: The record cannot be written.
+    """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     error = None
     try:
@@ -155,16 +216,31 @@ def _run_unless_finished(
     # A run may fail in whatever way; the others go on.
     except Exception as caught:
         error = caught
-        logger.debug("%s failed", title, exc_info=True)
+        logger.debug("%s failed", _title(arm), exc_info=True)
     if (error := processes.agree_on(error)) is not None:
-        logger.error("%s failed: %s: %s", title, type(error).__name__, error)
+        logger.error("%s failed: %s: %s", _title(arm), type(error).__name__, error)
         run = training.failed_run(arm, task, error, started)
     if processes.is_main():
-        write_json(folder / RUN_FILE, run)
-        training.discard_temporary(folder)
+        record(run, folder)
     del error  # Its traceback holds the run's model.
     training.free_memory()
-    _close(progress, line, title, run)
+    return run
+
+
+def record(run: Run, folder: Path) -> None:
+    """Write a run's record, and remove what only an interrupted run needs."""
+    write_json(folder / RUN_FILE, run)
+    training.discard_temporary(folder)
+
+
+def run_folder(output_dir: Path, arm: Arm) -> Path:
+    """The folder of one run."""
+    return output_dir / RUNS_FOLDER / arm.run_id
+
+
+def _title(arm: Arm) -> str:
+    title = f"{arm.name}{'' if arm.ratio is None else f' {arm.ratio:g}'}, seed {arm.seed}"
+    return title if arm.held_out is None else f"{title}, learning rate {arm.learning_rate:g}"
 
 
 def _close(progress: Progress, line: TaskID, title: str, run: Run) -> None:
@@ -250,7 +326,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the libraries' notices and progress bars; ours and errors stay."""
     # Their functions have no annotations.
     loggings: list[Any] = [transformers.logging, datasets.logging]

@@ -1,0 +1,290 @@
+"""Training under DeepSpeed's engines, in two processes on the processor: `make test-deepspeed`."""
+
+import copy
+import os
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from fish_tuning import FishMask, FishTuningTrainer, apply_mask, get_mask, remove_mask
+
+from .models import examples_for
+from .processes import in_processes
+from .test_distributed import (
+    STEPS,
+    assert_identical,
+    assert_same_weights,
+    error_of,
+    labelled_alike,
+    lora_bert,
+    optimizer_for,
+    random_mask,
+    scored,
+    tensors_of,
+    trainable,
+)
+
+# Imported in the processes alone: it is slow, and asks for the accelerator once and for all.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+
+
+def settings(stage, **others):
+    """Both without a limit to gradients, which is 1 where DeepSpeed is not told otherwise."""
+    return {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        **others,
+    }
+
+
+def on_the_processor():
+    """To be called in each process before DeepSpeed is imported."""
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    # Its communication through shared memory would be compiled now; without it, gloo is used.
+    vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+
+
+def prepared(model, config):
+    """The engine, the optimizer and the accelerator."""
+    on_the_processor()
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+    )
+    return *accelerator.prepare(model, optimizer_for(model)), accelerator
+
+
+def step_of(engine, accelerator, model, rank, step):
+    batch = labelled_alike(model, step)
+    part = {key: value[rank * 2 : (rank + 1) * 2] for key, value in batch.items()}
+    accelerator.backward(engine(**part).loss)  # Steps too.
+
+
+def train_zero(rank, model, mask, config):
+    apply_mask(model, mask)
+    engine, optimizer, accelerator = prepared(model, config)
+    by_step, logits = [], []
+    for step in range(STEPS):
+        step_of(engine, accelerator, model, rank, step)
+        by_step.append(tensors_of(model, mask))
+        with torch.no_grad():  # Around the model that was masked, as generation goes.
+            logits.append(model.base_model.model(**labelled_alike(model, 0)).logits)
+    state = optimizer.optimizer.optimizer.state
+    held = sum(len(each["exp_avg"]) for each in state.values())
+    saved = {name: value for name, value in model.state_dict().items() if name in mask}
+    errors = [
+        error_of(call, each, argument)
+        for each in (engine, remove_mask(model))
+        for call, argument in ((scored, []), (apply_mask, mask))
+    ]
+    return by_step, logits, saved, held, errors
+
+
+@pytest.mark.parametrize(("stage", "clipping"), [(1, 0.0), (2, 0.05)])
+def test_zero_trains_as_one_process(stage, clipping, tmp_path):
+    """Guards against tensors that lag behind the values, which ZeRO writes when the optimizer's
+    hooks are over, against an optimizer of more than k values, and against a mask on a model
+    whose parameters DeepSpeed holds already."""
+    model = lora_bert()
+    mask = random_mask(model)
+    one = apply_mask(copy.deepcopy(model), mask)
+    before = tensors_of(one, mask)
+    config = settings(stage, gradient_clipping=clipping)
+    by_rank = in_processes(2, tmp_path / "a", train_zero, model, mask, config)
+    optimizer = optimizer_for(one)
+    for step in range(STEPS):
+        loss = one(**labelled_alike(one, step)).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable(one).values(), clipping or 1e9)
+        assert norm > clipping
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_same_weights(
+            [by_step[step] for by_step, *_ in by_rank], tensors_of(one, mask), before
+        )
+        with torch.no_grad():
+            expected = one(**labelled_alike(one, 0)).logits
+        for _, logits, *_ in by_rank:
+            torch.testing.assert_close(logits[step], expected, rtol=1e-5, atol=1e-5)
+    k = get_mask(one).num_trainable
+    assert k <= sum(held for *_, held, _ in by_rank) < k + 8  # Parts of equal size.
+    for by_step, _, saved, _, errors in by_rank:
+        assert_identical([by_step[-1], saved])
+        for name, bits in mask.items():
+            assert torch.equal(saved[name][~bits], before[name][~bits]), name
+        for kind, message in errors:
+            assert kind == "ValueError" and message.endswith("before it is prepared")
+
+
+def train_bf16(rank, model, mask, config):
+    apply_mask(model, mask)
+    engine, _, accelerator = prepared(model, config)
+    for step in range(STEPS):
+        step_of(engine, accelerator, model, rank, step)
+    return tensors_of(model, mask)
+
+
+def test_bf16(tmp_path):
+    """Guards against float32 tensors around values that DeepSpeed has cast, as it casts
+    parameters alone."""
+    model = lora_bert()
+    mask = random_mask(model)
+    mask[next(iter(mask))].zero_()  # One tensor is not selected from at all.
+    before = tensors_of(model, mask)
+    precise = in_processes(2, tmp_path / "a", train_bf16, model, mask, settings(1))
+    config = settings(1, bf16={"enabled": True})
+    by_rank = in_processes(2, tmp_path / "b", train_bf16, model, mask, config)
+    assert_identical(by_rank)
+    for name, bits in mask.items():
+        tensor = by_rank[0][name]
+        assert tensor.dtype == torch.bfloat16, name
+        assert torch.equal(tensor[~bits], before[name][~bits].bfloat16()), name
+        moved = (tensor - precise[0][name])[bits].abs().mean()
+        assert not bits.any() or moved < 0.2 * (precise[0][name] - before[name])[bits].abs().mean()
+
+
+def refused_at_stage_3(rank, model, mask, batch, masked_first):
+    if masked_first:
+        engine, *_ = prepared(apply_mask(model, mask), settings(3))
+        training = error_of(engine, **batch)
+        with torch.no_grad():
+            return training, error_of(engine, **batch)
+    engine, *_ = prepared(model, settings(3))
+    return error_of(scored, engine, []), error_of(apply_mask, engine.module, mask)
+
+
+@pytest.mark.parametrize("masked_first", [True, False])
+def test_zero_3_is_refused(masked_first, tmp_path):
+    """Guards against training or scoring the empty tensors that ZeRO-3 leaves in a process."""
+    model = lora_bert()
+    arguments = model, random_mask(model), labelled_alike(model, 0), masked_first
+    for errors in in_processes(2, tmp_path / "a", refused_at_stage_3, *arguments):
+        for kind, message in errors:
+            assert kind == ("RuntimeError" if masked_first else "ValueError")
+            said = "holds 0 of" if masked_first else "DeepSpeed ZeRO-3 has divided"
+            assert said in message
+            assert message.endswith("or DeepSpeed ZeRO-3" if masked_first else "it is sharded")
+
+
+def trainer_for(folder, model, mask, config, **arguments):
+    """transformers' Trainer on the processor, where it knows nothing of gloo under DeepSpeed."""
+    on_the_processor()
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return FishTuningTrainer(
+        model=model,
+        args=TrainingArguments(
+            str(folder),
+            deepspeed=config,
+            accelerator_config={"use_configured_state": True},
+            **trainer_settings(2),
+            **arguments,
+        ),
+        train_dataset=examples_for(model, 12, shortest=6, longest=6),
+        eval_dataset=examples_for(model, 4, seed=1, shortest=6, longest=6),
+        mask=mask,
+    )
+
+
+def trainer_settings(batch_size):
+    return {
+        "max_steps": 6,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.05,
+        "average_tokens_across_devices": False,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+AUTO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def trained_with_trainer(rank, folder, model, mask, stage):
+    config = settings(stage, **AUTO)
+    trainer = trainer_for(folder, copy.deepcopy(model), mask, config)
+    trainer.train()
+    trainer.save_model()
+    tensors = tensors_of(trainer.model, mask)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return tensors, losses
+
+
+def resumed_with_trainer(rank, folder, model, mask, stage):
+    config = settings(stage, **AUTO)
+    error = error_of(trainer_for, folder, copy.deepcopy(model), mask, settings(3, **AUTO))
+    assert error is not None and error[0] == "ValueError" and "ZeRO-3 leaves" in error[1]
+    other = {name: bits.flip(0) for name, bits in mask.items()}
+    checkpoint = str(folder / "checkpoint-2")
+    trainer = trainer_for(folder, copy.deepcopy(model), other, config)
+    refused = error_of(trainer.train, resume_from_checkpoint=checkpoint)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    best["greater_is_better"] = False
+    trainer = trainer_for(folder, copy.deepcopy(model), mask, config, **best)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    saved = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
+    at = trainer.state.best_model_checkpoint
+    return refused, saved, at, tensors_of(trainer.model, mask)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_trainer(stage, tmp_path):
+    """Guards against a Trainer that evaluates or saves other values than it has trained, and
+    checkpoints from which it goes on with others."""
+    model = lora_bert()
+    mask = random_mask(model)
+    alone = FishTuningTrainer(
+        model=copy.deepcopy(model),
+        args=TrainingArguments(tmp_path / "one", use_cpu=True, **trainer_settings(4)),
+        train_dataset=examples_for(model, 12, shortest=6, longest=6),
+        eval_dataset=examples_for(model, 4, seed=1, shortest=6, longest=6),
+        mask=mask,
+    )
+    before = tensors_of(alone.model, mask)
+    alone.train()
+    alone.save_model()
+    expected = [entry["eval_loss"] for entry in alone.state.log_history if "eval_loss" in entry]
+    arguments = tmp_path / "two", model, mask, stage
+    by_rank = in_processes(2, tmp_path / "a", trained_with_trainer, *arguments)
+    assert_same_weights([tensors for tensors, _ in by_rank], tensors_of(alone.model, mask), before)
+    for _, losses in by_rank:
+        assert losses == pytest.approx(expected, rel=1e-5)
+    one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
+    assert list(one) == list(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    assert FishMask.from_pretrained(tmp_path / "two") == get_mask(alone.model)
+    for refused, saved, at, best in in_processes(
+        2, tmp_path / "b", resumed_with_trainer, *arguments
+    ):
+        assert refused[0] == "ValueError" and "was trained with another mask" in refused[1]
+        assert_identical([two, saved])
+        assert at is not None and at.endswith("checkpoint-4")  # The losses rise.
+        kept = load_file(tmp_path / "two" / "checkpoint-4" / "adapter_model.safetensors")
+        assert_identical([kept, {name.replace(".default", ""): t for name, t in best.items()}])
