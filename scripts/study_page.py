@@ -31,17 +31,42 @@ SMALL = 0.1
 """Budgets below this share of LoRA's size are the small one, whose share differs by the head."""
 COMPARISONS = (
     ("LoRA-FISH (100%)", "Original LoRA"),
-    ("LoRA-FISH (100%)", "LoRA-FISH-rand (100%)"),
-    ("LoRA-FISH-rand (100%)", "LoRA-FISH-rev (100%)"),
     ("LoRA-FISH (50%)", "Original LoRA"),
     ("LoRA-FISH (25%)", "Original LoRA"),
-    ("LoRA-FISH (25%)", "LoRA r=2"),
-    ("LoRA-FISH (small)", "LoRA r=1, values"),
-    ("LoRA-FISH (small)", "LoRA r=2, last layer"),
-    ("LoRA-FISH (small)", "LoRA-FISH-rand (small)"),
-    ("LoRA-FISH-rand (small)", "LoRA-FISH-rev (small)"),
-    ("LoRA (FISH rank)", "Original LoRA"),
+    ("FISH by features (small)", "LoRA r=1, values"),
+    ("FISH by features (small)", "LoRA r=2, last layer"),
+    ("LoRA-FISH (100%)", "LoRA-FISH-rand (100%)"),
+    ("LoRA-FISH-rand (100%)", "LoRA-FISH-rev (100%)"),
+    ("FISH by features (small)", "LoRA-FISH-rand (small)"),
+    ("FISH by features (small)", "LoRA-FISH (small)"),
 )
+CANDIDATES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    (
+        "25%",
+        "candidates_quarter",
+        {
+            "Original LoRA": "",
+            "LoRA-FISH": "balanced",
+            "LoRA-FISH-rand": "random, balanced",
+        },
+    ),
+    ("25%", "sst2", {"Original LoRA": "", "LoRA-FISH": "features"}),
+    (
+        "small",
+        "candidates_small",
+        {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"},
+    ),
+    (
+        "small",
+        "sst2_small",
+        {
+            "LoRA-FISH": "",
+            "LoRA-FISH-rand": "random, equal shares",
+            "FISH by features": "features",
+        },
+    ),
+)
+"""Budget, sweep, and what its arms are called in the table of rules; "" leaves one out."""
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -64,7 +89,7 @@ def filled(text: str) -> str:
     tables = {
         "pooled": pooled_table(),
         "candidates": candidates_table(),
-        **{name: task_table(name) for name in (*TASKS, "peers_sst2", "decoder")},
+        **{name: task_table(name) for name in TASKS},
     }
 
     def replace(match: re.Match[str]) -> str:
@@ -76,11 +101,11 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
-def runs_of(name: str) -> Results:
-    """What was taken of the sweeps that are called `name` or `name_...`."""
+def runs_of(name: str, *, exactly: bool = False) -> Results:
+    """What was taken of the sweep `name`, and unless `exactly` of those called `name_...`."""
     runs: list[Run] = []
     for file in sorted((STUDY / "runs").glob("*.csv")):
-        if file.stem == name or file.stem.startswith(f"{name}_"):
+        if file.stem == name or (file.stem.startswith(f"{name}_") and not exactly):
             with file.open(encoding="utf-8", newline="") as stream:
                 runs += map(_run, csv.DictReader(stream))
     return Results(
@@ -181,23 +206,30 @@ def task_table(name: str) -> Table:
 
 
 def candidates_table() -> Table:
-    """The rules on held-out examples, each at its best learning rate."""
-    budgets = {"25%": "candidates_quarter", "small": "candidates_small"}
-    best: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for budget, name in budgets.items():
-        runs = runs_of(name).search
+    """The rules on held-out examples of SST-2, each at its best learning rate."""
+    best: dict[str, dict[str, str]] = {}
+    means: dict[str, list[float]] = {}
+    for budget, sweep, names in CANDIDATES:
+        runs = runs_of(sweep, exactly=True).search
         for (arm, ratio), rate in chosen_learning_rates(runs, "accuracy", True).items():
-            of_arm = [r for r in runs if (r.arm, r.ratio, r.learning_rate) == (arm, ratio, rate)]
-            accuracy = 100 * sum(r.metrics["accuracy"] for r in of_arm) / len(of_arm)
-            seconds = median(r.score_seconds for r in of_arm)
-            best.setdefault(arm, {})[budget] = (accuracy, rate, seconds)
-    rows = []
-    for arm, found in best.items():
-        cells = [f"{found[b][0]:.2f} ({found[b][1]:g})" if b in found else "" for b in budgets]
-        mean = sum(v[0] for v in found.values()) / len(found)
-        seconds = median(v[2] for v in found.values())
-        rows.append((arm, *cells, f"{mean:.2f}" if len(found) == 2 else "", f"{seconds:.1f}"))
-    return ("rule", *(f"at {b}" for b in budgets), "mean", "choosing (s)"), rows
+            name = names.get(arm, arm) if ratio in (None, 0.25) or ratio < SMALL else ""
+            if not name:
+                continue
+            (run,) = (r for r in runs if (r.arm, r.ratio, r.learning_rate) == (arm, ratio, rate))
+            accuracy = 100 * run.metrics["accuracy"]
+            best.setdefault(name, {})[budget] = (
+                f"{accuracy:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
+            )
+            means.setdefault(name, []).append(accuracy)
+    rows = [
+        (
+            name,
+            *(found.get(budget, "") for budget in ("25%", "small")),
+            f"{sum(means[name]) / 2:.2f}" if len(found) == 2 else "",
+        )
+        for name, found in best.items()
+    ]
+    return ("rule", "25%", "small", "mean"), rows
 
 
 def median(values: Iterable[float | None]) -> float:
