@@ -7,6 +7,7 @@ returns is a row of docs/methods.md. The page is written by
 """
 
 import copy
+import dataclasses
 import logging
 import re
 import sys
@@ -16,16 +17,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
 import transformers as tr
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as lora_config
+from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
 
@@ -42,6 +47,7 @@ from .models import (
 
 STEPS = ("scores", "mask", "train", "save", "load", "merge")
 YES, ONE_BY_ONE, NONE, REFUSED = "yes", "one example at a time", "PEFT has none", "refused"
+ROUNDED = "yes; PEFT rounds frozen weights"
 
 DENSITY = 0.4
 LR, DECAY = 0.02, 0.1
@@ -66,8 +72,10 @@ class Method:
     """Called with the base model and the config before the adapter is added."""
     after: Adapt | None = None
     """Called with the PEFT model and the config afterwards."""
-    wrapped: bool = True
-    """Whether the adapter is in a PeftModel, or added to the transformers model itself."""
+    add: Callable[[Any, Any], Any] = get_peft_model
+    """Makes the adapted model of the base model and the config."""
+    read: Callable[[Any, Path], Any] = PeftModel.from_pretrained
+    """Makes it of the base model and a folder."""
     weights: str = ""
     """Of the model's own weights, those that are trained: a regular expression."""
 
@@ -89,6 +97,27 @@ def tiny_mixtral() -> Any:
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = tr.MixtralConfig(**sizes, **layers, pad_token_id=0, initializer_range=0.2)
     return _seeded(tr.MixtralForCausalLM, config)
+
+
+class AttentionForSequenceClassification(nn.Module):
+    """A model with torch's own attention, whose projections are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = tr.BertConfig(vocab_size=40, num_labels=3)
+        self.embed, self.attention = nn.Embedding(40, 12), nn.MultiheadAttention(12, 2)
+        self.classifier = nn.Linear(12, 3)
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+        x = self.embed(input_ids).transpose(0, 1)
+        x = x + self.attention(x, x, x, key_padding_mask=attention_mask == 0, need_weights=False)[0]
+        logits = self.classifier(x[0])
+        loss = nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def tiny_attention() -> Any:
+    return _seeded(AttentionForSequenceClassification)
 
 
 def tiny_masked_lm() -> Any:
@@ -128,18 +157,73 @@ def _start_eva(model: Any, config: Any) -> None:
     )
 
 
+def _start_corda(base: Any, config: Any) -> None:
+    # It takes `dataclass` from attrs, which peft does not require.
+    with patch.dict(sys.modules, attr=dataclasses):
+        from peft.tuners.lora.corda import preprocess_corda
+
+    def run() -> None:
+        for example in examples_for(base, 6, seed=7):
+            base(**pad([example]))
+
+    preprocess_corda(base, config, run)
+
+
+def _in_place(base: Any, config: Any) -> Any:
+    base.add_adapter(config)
+    return base
+
+
+def _read_in_place(base: Any, folder: Path) -> Any:
+    base.load_adapter(folder)
+    return base
+
+
+def _mixed(base: Any, config: Any) -> Any:
+    """Two kinds of adapters on the same layers."""
+    model: Any = get_peft_model(base, config, mixed=True)
+    model.add_adapter("second", LoHaConfig(r=4, target_modules=config.target_modules))
+    model.set_adapter(["default", "second"])
+    return model
+
+
+def _as_quantized(base: Any, config: Any) -> None:
+    """QA-LoRA is for GPTQ's layers alone; here they have the weights that they would stand for."""
+    config._register_custom_module({nn.Linear: GPTQLoraLinear})
+
+
+def _arrow(base: Any, config: Any) -> Any:
+    return create_arrow_model(base, _two_adapters(base), config.arrow_config)
+
+
+def _read_arrow(base: Any, folder: Path) -> Any:
+    experts = [str(folder / name) for name in ("task_0", "task_1")]
+    return create_arrow_model(base, experts, lora_config.ArrowConfig(top_k=1))
+
+
+def _trained_arrow(base: Any, config: Any) -> Any:
+    model = _arrow(base, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".task_" in name)
+    return model
+
+
 def _second_adapter(model: Any, config: Any) -> None:
     model.add_adapter("second", LoraConfig(r=4, target_modules=["key"], init_lora_weights=False))
 
 
 def _experts(base: Any, config: Any) -> None:
-    """Two LoRA adapters on disk; they are read when the model is built."""
-    config.adapters = {}
-    for name in ("0", "1"):
+    """The adapters are read when the model is built."""
+    config.adapters = {str(i): folder for i, folder in enumerate(_two_adapters(base))}
+
+
+def _two_adapters(base: Any) -> list[str]:
+    """Two LoRA adapters on disk."""
+    folders = [tempfile.mkdtemp(dir=_TEMPORARY.name) for _ in range(2)]
+    for folder in folders:
         lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-        folder = tempfile.mkdtemp(dir=_TEMPORARY.name)
         get_peft_model(type(base)(base.config), lora).save_pretrained(folder)
-        config.adapters[name] = folder
+    return folders
 
 
 _TEMPORARY = tempfile.TemporaryDirectory()
@@ -158,6 +242,17 @@ METHODS = (
     ),
     Method("LoRA, embedding", "LORA", {"r": 4, "target_modules": ["word_embeddings", "query"]}),
     Method("LoRA, convolution", "LORA", {"r": 4}, tiny_squeezebert),
+    Method(
+        "LoRA, `nn.MultiheadAttention`",
+        "LORA",
+        {
+            "r": 4,
+            "target_modules": ["attention"],
+            "task_type": None,
+            "modules_to_save": ["classifier"],
+        },
+        tiny_attention,
+    ),
     Method(
         "LoRA, `target_parameters`",
         "LORA",
@@ -185,9 +280,16 @@ METHODS = (
         tiny_llama,
     ),
     Method("LoRA, two adapters", "LORA", {"r": 4}, after=_second_adapter),
-    Method("LoRA, `model.add_adapter`", "LORA", {"r": 4}, wrapped=False),
+    Method("LoRA, `model.add_adapter`", "LORA", {"r": 4}, add=_in_place, read=_read_in_place),
+    Method("LoRA and LoHa, `mixed=True`", "LORA", {"r": 4}, add=_mixed),
     Method("rsLoRA", "LORA", {"r": 4, "use_rslora": True}),
     Method("DoRA", "LORA", {"r": 4, "use_dora": True}),
+    Method(
+        "DoRA, embedding",
+        "LORA",
+        {"r": 4, "use_dora": True, "target_modules": ["word_embeddings", "query"]},
+    ),
+    Method("DoRA, convolution", "LORA", {"r": 4, "use_dora": True}, tiny_squeezebert),
     Method("PiSSA start", "LORA", {"r": 4, "init_lora_weights": "pissa"}),
     Method("OLoRA start", "LORA", {"r": 4, "init_lora_weights": "olora"}),
     Method(
@@ -202,12 +304,38 @@ METHODS = (
         {"r": 4, "init_lora_weights": "lora_ga", "lora_ga_config": lora_config.LoraGAConfig()},
         before=_start_lora_ga,
     ),
+    Method(
+        "CorDA start",
+        "LORA",
+        {
+            "r": 4,
+            "init_lora_weights": "corda",
+            "corda_config": lora_config.CordaConfig(corda_method="ipm"),
+        },
+        before=_start_corda,
+    ),
+    Method("MiCA", "LORA", {"r": 4, "init_lora_weights": "mica"}),
     Method("Orthogonal start", "LORA", {"r": 4, "init_lora_weights": "orthogonal"}),
     Method(
         "aLoRA",
         "LORA",
         {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": [7]},
         tiny_llama,
+    ),
+    Method(
+        "Arrow",
+        "LORA",
+        {"arrow_config": lora_config.ArrowConfig(top_k=1)},
+        tiny_llama,
+        add=_arrow,
+    ),
+    Method(
+        "Arrow, its experts trained",
+        "LORA",
+        {"arrow_config": lora_config.ArrowConfig(top_k=1)},
+        tiny_llama,
+        add=_trained_arrow,
+        read=_read_arrow,
     ),
     Method(
         "BD-LoRA",
@@ -221,6 +349,12 @@ METHODS = (
     ),
     Method("KaSA", "LORA", {"r": 4, "kasa_config": lora_config.KasaConfig()}),
     Method("MonteCLoRA", "LORA", {"r": 4, "monteclora_config": lora_config.MontecloraConfig()}),
+    Method(
+        "QA-LoRA",
+        "LORA",
+        {"r": 4, "use_qalora": True, "qalora_group_size": 4},
+        before=_as_quantized,
+    ),
     Method("VeLoRA", "LORA", {"r": 4, "velora_config": lora_config.VeloraConfig(num_groups=4)}),
     Method("AdaLoRA", "ADALORA", {"init_r": 4, "target_r": 2, "total_step": 9}),
     Method("AdaMSS", "ADAMSS", {"r": 4, "num_subspaces": 2, "subspace_rank": 1}),
@@ -267,11 +401,18 @@ METHODS = (
     Method("HiRA", "HIRA", {"r": 4}),
     Method("HRA", "HRA", {"r": 4}),
     Method("IA3", "IA3", {"feedforward_modules": []}),
+    Method(
+        "IA3, feed-forward",
+        "IA3",
+        {"target_modules": ["value", "output.dense"], "feedforward_modules": ["output.dense"]},
+    ),
     Method("LayerNorm tuning", "LN_TUNING", {"target_modules": ["LayerNorm"]}),
     Method("Lily", "LILY", {"r": 4, "stride_A": 1, "num_B": 2}),
     Method("LoHa", "LOHA", {"r": 4}),
     Method("LoKr", "LOKR", {"r": 4}),
     Method("MiSS", "MISS", {"r": 4}),
+    Method("MiSS, `bat`", "MISS", {"r": 4, "init_weights": "bat"}),
+    Method("MiSS, `mini`", "MISS", {"r": 4, "mini_r": 2, "init_weights": "mini"}),
     Method(
         "Multitask prompt tuning",
         "MULTITASK_PROMPT_TUNING",
@@ -290,6 +431,7 @@ METHODS = (
     Method("PVeRA", "PVERA", {"r": 4}),
     Method("RandLoRA", "RANDLORA", {"r": 4}),
     Method("RoAd", "ROAD", {"group_size": 4}),
+    Method("RoAd, `road_4`", "ROAD", {"group_size": 4, "variant": "road_4"}),
     Method("Shadow", "SHADOW", {"target_modules": None, "r": 4}, **_LLAMA),
     Method("SHiRA", "SHIRA", {"r": 2}),
     Method("Super-Tuning", "SUPERTUNING"),
@@ -336,10 +478,7 @@ def _build(method: Method) -> Any:
     config = _config(method, base)
     if method.before is not None:
         method.before(base, config)
-    if method.wrapped:
-        model = get_peft_model(base, config)
-    else:
-        (model := base).add_adapter(config)
+    model = method.add(base, config)
     if method.after is not None:
         method.after(model, config)
     with torch.no_grad():
@@ -371,8 +510,11 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
     batches = batches_of(examples, 3)
     found = dict.fromkeys(STEPS, YES)
 
-    with _log() as messages:
-        scores = calculate_fisher_information(model, batches, progress=False)
+    try:
+        with _log() as messages:
+            scores = calculate_fisher_information(model, batches, progress=False)
+    except ValueError as refusal:
+        return dict.fromkeys(STEPS, REFUSED) | {"scores": f"{REFUSED}: {refusal}"}
     if any(ONE_BY_ONE in message for message in messages):
         found["scores"] = ONE_BY_ONE
     assert_scores_close(scores, naive_scores(model, examples, loss=_own_loss), rtol=1e-4)
@@ -389,22 +531,29 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
         return found | dict.fromkeys(STEPS[2:], REFUSED) | {"mask": f"{REFUSED}: {refusal}"}
     assert sum(p.numel() for p in trainable(model).values()) == k
 
-    plain = build(method)
-    names = saved(plain, folder / "plain")
+    untrained = build(method)
+    rounded = moved_by_forward(untrained, batches[0])
+    if rounded:
+        found["train"] = ROUNDED
     train(model, batches)
-    reference = build(method)
-    train(reference, batches, mask)
-    assert_trained(model, reference, mask, start)
-
-    assert saved(model, folder / "masked") == names
+    dense = build(method)
+    train(dense, batches, mask)
+    assert_trained(model, dense, mask, start, rounded)
     outputs = output(model, batches[0])
-    assert not torch.allclose(outputs, output(plain, batches[0]), atol=1e-4)
+    assert not torch.allclose(outputs, output(untrained, batches[0]), atol=1e-4)
 
+    try:
+        names = saved(dense, folder / "dense")
+    except NotImplementedError:
+        found["save"] = NONE
+    else:
+        assert saved(model, folder / "masked") == names
+    of_dense = output(dense, batches[0])
     for step, ours, of_peft in (
-        ("load", lambda: load(method, folder / "masked"), lambda: load(method, folder / "plain")),
-        ("merge", lambda: model.merge_and_unload(), lambda: plain.merge_and_unload()),
+        ("load", lambda: load(method, folder / "masked"), lambda: load(method, folder / "dense")),
+        ("merge", lambda: model.merge_and_unload(), lambda: dense.merge_and_unload()),
     ):
-        if _gives(output(plain, batches[0]), of_peft, batches[0]):
+        if _gives(of_dense, of_peft, batches[0]):
             torch.testing.assert_close(output(ours(), batches[0]), outputs, rtol=1e-4, atol=1e-5)
         else:
             found[step] = NONE
@@ -415,17 +564,14 @@ def load(method: Method, folder: Path) -> Any:
     base = method.base()
     if not method.kind:
         return type(base).from_pretrained(folder)
-    if method.wrapped:
-        return PeftModel.from_pretrained(base, folder)
-    base.load_adapter(folder)
-    return base
+    return method.read(base, folder)
 
 
 def _gives(outputs: Tensor, of_peft: Callable[[], Any], batch: dict[str, Tensor]) -> bool:
     """Whether PEFT can do it without a mask, with the same outputs."""
     try:
         return torch.allclose(output(of_peft(), batch), outputs, rtol=1e-4, atol=1e-5)
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return False
 
 
@@ -456,12 +602,30 @@ def train(model: Any, batches: list[dict[str, Tensor]], mask: Any = None, steps:
         optimizer.step()
 
 
+def moved_by_forward(model: nn.Module, batch: dict[str, Tensor]) -> set[str]:
+    """What PEFT itself changes, by rounding, where nothing is trained and nothing masked."""
+    before = state_of(model)
+    output(model, batch)
+    after = state_of(model)
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    for name in moved:
+        torch.testing.assert_close(after[name], before[name])
+    return moved
+
+
 def assert_trained(
-    model: nn.Module, reference: nn.Module, mask: Mapping[str, Tensor], start: dict[str, Tensor]
+    model: nn.Module,
+    reference: nn.Module,
+    mask: Mapping[str, Tensor],
+    start: dict[str, Tensor],
+    rounded: set[str],
 ) -> None:
     """Selected entries are those of the dense reference, all others have the bits they had."""
     now, expected = state_of(model), state_of(reference)
     for name, before in start.items():
+        if name in rounded:
+            torch.testing.assert_close(now[name], before)
+            continue
         frozen = ~mask[name] if name in mask else torch.ones(before.shape, dtype=torch.bool)
         assert torch.equal(now[name][frozen], before[frozen]), f"{name} moved"
         if name in mask:
@@ -507,7 +671,9 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     """docs/methods.md, from the outcomes by method."""
     lines = ["| method | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 1) + "|"]
     lines += ["| " + " | ".join([name, *found.values()]) + " |" for name, found in rows.items()]
-    return _INTRODUCTION.format(version=peft.__version__) + "\n".join(lines) + "\n"
+    words = {"one_by_one": ONE_BY_ONE, "rounded": ROUNDED, "none": NONE}
+    introduction = _INTRODUCTION.format(version=peft.__version__, **words)
+    return introduction + "\n".join(lines) + "\n"
 
 
 _INTRODUCTION = """# PEFT methods
@@ -522,6 +688,8 @@ tiny model; the tests try again and compare.
 - **mask**: `create_mask_from_fisher` and `apply_mask` leave exactly k trainable numbers.
 - **train**: three steps of AdamW with weight decay end where dense training with masked gradients
   does, and every other tensor and entry of the model keeps its bits.
+  "{rounded}": PEFT adds the adapter to them in a forward pass and subtracts
+  it again, with a mask or without.
 - **save**: `save_pretrained` writes the tensors that it writes without a mask.
 - **load**: `PeftModel.from_pretrained` (`from_pretrained` for a model's own weights) gives the same
   outputs.
@@ -529,7 +697,11 @@ tiny model; the tests try again and compare.
 
 "{none}": PEFT cannot do it without a mask either, or the outputs change when it does.
 
-""".replace("{one_by_one}", ONE_BY_ONE).replace("{none}", NONE)
+QA-LoRA is for layers that GPTQ has quantized; its row is of unquantized ones in their place.
+Arrow's router has no trained number of its own. Not tried is what needs packages that the tests do
+without: LoftQ's start, quantized layers and Megatron's.
+
+"""
 
 
 def main() -> None:

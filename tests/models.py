@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers as tr
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 PAD = 0
@@ -122,12 +122,19 @@ def _peft_task(model: nn.Module) -> str | None:
     return "CAUSAL_LM"
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model below PEFT's wrappers."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model.base_model.model if isinstance(model, PeftMixedModel) else model
+
+
 def examples_for(
     model: Any, n: int, seed: int = 0, *, shortest: int = 3, longest: int = 11
 ) -> list[dict[str, Tensor]]:
     """Examples with labels as the model's task wants them: images, or unpadded sequences."""
     generator = torch.Generator().manual_seed(seed)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     task = _peft_task(base)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -197,7 +204,7 @@ def reference_loss(model: Any, example: dict[str, Tensor], reduction: str = "mea
 
     transformers rounds a language model's logits to float32 in its own loss.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     batch = pad([example])
     logits, labels = model(**batch).logits, batch["labels"]
     task = _peft_task(base)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PolyConfig, get_peft_model
+from peft import LoraConfig, PolyConfig, get_peft_model
 from torch import nn
 from transformers import BatchEncoding
 
@@ -155,6 +155,18 @@ class NeedsLabels(Recorder):
 
 
 X, Y = torch.zeros(3, 2), torch.zeros(3)
+
+
+def test_a_mixed_model_takes_what_its_base_model_takes(caplog):
+    """Guards against a TypeError below a wrapper that takes anything and passes it on."""
+    lora = LoraConfig(r=2, target_modules=["query"])
+    forward = Forward(get_peft_model(tiny_bert(), lora, mixed=True).eval())
+    batch = pad(examples_for(forward.model, 3))
+    with torch.no_grad():
+        found = forward({**batch, "idx": Y}, with_labels=True)
+        expected = forward.model(**batch)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert "BertForSequenceClassification.forward does not take them: idx" in caplog.text
 
 
 def test_unknown_keys_are_dropped_and_named_once(caplog):

@@ -1,13 +1,21 @@
 """The model card of a masked model: what it says, what it keeps, and that hubs get it."""
 
 import logging
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 import transformers.trainer
+from datasets import Dataset
 from huggingface_hub import ModelCard
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils import hub
 
 from fish_tuning import (
@@ -17,11 +25,13 @@ from fish_tuning import (
     FishTuningTrainer,
     apply_mask,
     get_fish_model,
+    get_mask,
     remove_mask,
 )
 from fish_tuning.card import write_card
 
-from .models import batches_of, examples_for, tiny_bert, with_lora
+from .models import batches_of, examples_for, tiny_bert, tiny_llama, tiny_t5, with_lora
+from .test_other_trainers import tiny_tokenizer
 
 SETTINGS = {
     "num_trainable": 300,
@@ -120,7 +130,7 @@ class Uploads:
     """Stands for the hub: keeps the text of what would be uploaded."""
 
     def __init__(self):
-        self.files = {}
+        self.files, self.messages = {}, []
 
     def create_repo(self, repo_id, **kwargs):
         return type("Repository", (), {"repo_id": repo_id})
@@ -130,10 +140,14 @@ class Uploads:
             with operation.as_file() as file:
                 self.files[operation.path_in_repo] = file.read()
 
-    def upload_folder(self, folder_path, **kwargs):
+    def upload_folder(self, folder_path, commit_message=None, **kwargs):
+        self.messages.append(commit_message)
         for file in Path(folder_path).iterdir():
             if file.is_file():
                 self.files[file.name] = file.read_bytes()
+        done = Future()
+        done.set_result(None)
+        return done
 
 
 @pytest.fixture
@@ -168,28 +182,155 @@ def test_push_to_hub_uploads_mask_and_card(kind, uploads, tmp_path):
     assert "# Our model" in card.text and card.text.count("## FISH-Tuning") == 1
 
 
-def arguments(folder):
-    return TrainingArguments(
-        str(folder), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+def arguments(folder, kind=TrainingArguments, **settings):
+    shared = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return kind(str(folder), **shared, **settings)
+
+
+def masked_by_callback(model):
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    bits = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()}
+    for tensor in bits.values():
+        tensor.view(-1)[::2] = True
+    return {"model": model, "callbacks": [FishTuningCallback(FishMask(bits, provenance=SETTINGS))]}
+
+
+def sft_trainer(folder, **options):
+    trl = pytest.importorskip("trl")
+    settings = {"max_length": 16, "bf16": False, "gradient_checkpointing": False}
+    return trl.SFTTrainer(
+        args=arguments(folder, trl.SFTConfig, **settings),
+        train_dataset=Dataset.from_dict({"text": ["the fish swims up the river"] * 4}),
+        processing_class=tiny_tokenizer(),
+        **options,
     )
 
 
-def test_trainers_card_and_push(uploads, tmp_path):
-    """Guards against the Trainer's card, which replaces the model's own."""
+def trainer_of(kind, folder):
+    """A Trainer of each kind over a model that is masked before, or by the callback."""
+    if kind == "sft":
+        model = with_lora(tiny_llama(max_position_embeddings=64), init_lora_weights=False)
+        return sft_trainer(folder, **masked_by_callback(model))
+    if kind == "own weights":
+        model = apply_mask(tiny_bert(), {"classifier.bias": torch.tensor([True, False, True])})
+        return Trainer(model, arguments(folder), train_dataset=examples_for(model, 4))
+    if kind == "seq2seq":
+        settings = arguments(folder, Seq2SeqTrainingArguments)
+        model = with_lora(tiny_t5())
+        data = examples_for(model, 4, shortest=6, longest=6)
+        data = [example | {"labels": example["labels"][:2]} for example in data]
+        return Seq2SeqTrainer(args=settings, train_dataset=data, **masked_by_callback(model))
+    trainer_class = FishTuningTrainer if kind == "ours" else Trainer
     model = masked_bert()
-    trainer = FishTuningTrainer(model, arguments(tmp_path), train_dataset=examples_for(model, 4))
+    return trainer_class(model, arguments(folder), train_dataset=examples_for(model, 4))
+
+
+KINDS = ["ours", "plain", "own weights", "seq2seq", "sft"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainers_card_and_push(kind, uploads, tmp_path):
+    """Guards against the Trainer's card, which replaces the model's own and is uploaded at once."""
+    trainer = trainer_of(kind, tmp_path)
     trainer.hub_model_id = "somebody/a-model"
     trainer.push_to_hub()
     card = ModelCard(uploads.files["README.md"].decode())
     assert uploads.files.keys() >= MASK_FILES
-    assert card.data.library_name == "peft" and "fish-tuning" in card.data.tags
-    assert "Training hyperparameters" in card.text and card.text.count("## FISH-Tuning") == 1
+    assert FishMask.from_pretrained(tmp_path) == get_mask(trainer.model)
+    assert "fish-tuning" in card.data.tags and card.text.count("## FISH-Tuning") == 1
+    said = "Training procedure" if kind == "sft" else "Training hyperparameters"
+    assert said in card.text
+    assert ("PeftModel.from_pretrained" in card.text) == (kind != "own weights")
+    if kind not in ("own weights", "sft"):
+        assert card.data.library_name == "peft"
 
 
-def test_any_trainer_saves_the_card(tmp_path):
-    """Guards checkpoints of other Trainers, whose models say themselves what is masked."""
-    model = with_lora(tiny_bert())
-    mask = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    trainer = Trainer(model, arguments(tmp_path), callbacks=[FishTuningCallback(mask)])
-    trainer.save_model(tmp_path / "saved")
-    assert "fish-tuning" in load(tmp_path / "saved").data.tags
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_create_model_card(kind, tmp_path):
+    """Guards the card of a Trainer that is asked for nothing else, twice."""
+    trainer = trainer_of(kind, tmp_path)
+    for _ in range(2):
+        trainer.create_model_card(model_name="ours")
+    card, mask = load(tmp_path), get_mask(trainer.model)
+    assert f"{mask.num_trainable:,} of {mask.num_entries:,} entries" in card.text
+    assert card.text.count("## FISH-Tuning") == 1 and "ours" in card.text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["seq2seq", "sft"])
+def test_uploads_while_training(kind, uploads, tmp_path):
+    """Guards uploads of checkpoints, of which a Trainer gathers weights and configs alone."""
+    trainer = trainer_of(kind, tmp_path)
+    trainer.hub_model_id, trainer.args.push_to_hub = "somebody/a-model", True
+    trainer.push_in_progress = None
+    trainer.args.set_save("steps", 1)
+    trainer.train()
+    assert uploads.messages[0] == "Training in progress, step 1"
+    card = ModelCard(uploads.files["README.md"].decode())
+    assert uploads.files.keys() >= {*MASK_FILES, "adapter_model.safetensors"}
+    assert "PeftModel.from_pretrained" in card.text and card.text.count("## FISH-Tuning") == 1
+    assert load(tmp_path / "checkpoint-1").text.count("## FISH-Tuning") == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainer_that_saves_keeps_the_users_card(kind, tmp_path):
+    """Guards the words of whoever described the model in the folder before it is saved there."""
+    trainer = trainer_of(kind, tmp_path / "output")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Our model\n\nIt swims.\n")
+    trainer.save_model(folder)
+    card = load(folder)
+    assert card.data.license == "mit" and "fish-tuning" in card.data.tags
+    assert "# Our model\n\nIt swims.\n" in card.text
+    assert card.text.count("## FISH-Tuning") == 1
+
+
+def test_trainers_of_models_without_a_mask(tmp_path):
+    """Guards the cards of others in the same process."""
+    model = masked_bert()
+    remove_mask(model)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=examples_for(model, 4))
+    trainer.create_model_card()
+    assert "Training hyperparameters" in load(tmp_path).text
+    assert "fish" not in (tmp_path / "README.md").read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md"}
+
+
+def test_trainers_that_are_imported_later(uploads, tmp_path):
+    """Guards a card of a class that was not there yet when the model was masked."""
+    model = masked_bert()
+
+    class Later(Trainer):
+        def create_model_card(self, **kwargs):
+            (tmp_path / "README.md").write_text("# Another card\n")
+
+    trainer = Later(model, arguments(tmp_path), train_dataset=examples_for(model, 4))
+    trainer.hub_model_id = "somebody/a-model"
+    trainer.push_to_hub()
+    card = ModelCard(uploads.files["README.md"].decode())
+    assert "# Another card" in card.text and "## FISH-Tuning" in card.text
+
+
+class Bare(nn.Module):
+    """Neither transformers' nor PEFT's: a Trainer writes its weights alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2, 2)
+
+    def forward(self, x, labels):
+        return {"loss": self.lin(x).square().mean()}
+
+
+def test_checkpoints_of_other_models(tmp_path):
+    """Guards a mask that is lost where there is no save_pretrained to bring it along."""
+    options = masked_by_callback(Bare())
+    data = [{"x": torch.ones(2), "labels": torch.tensor(0)}] * 4
+    trainer = Trainer(args=arguments(tmp_path), train_dataset=data, **options)
+    trainer.train()
+    assert FishMask.from_pretrained(tmp_path / "checkpoint-1") == get_mask(trainer.model)
+    assert "3 of 6 entries" in load(tmp_path / "checkpoint-1").text

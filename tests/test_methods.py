@@ -1,8 +1,11 @@
 """Every PEFT method, and docs/methods.md, which says what becomes of it."""
 
+import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from peft import LoraConfig
 from peft.utils import PeftType
 
 from .methods_table import METHODS, STEPS, outcomes, page
@@ -30,6 +33,19 @@ def test_every_method(method, tmp_path):
 def test_no_method_is_missing():
     """Guards against a method of the installed peft that nobody has tried."""
     assert {method.kind for method in METHODS if method.kind} == {kind.value for kind in PeftType}
+
+
+def test_no_variant_of_lora_is_missing():
+    """Guards against a variant or a start of the installed peft's LoRA that nobody has tried."""
+    fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
+    named = get_type_hints(LoraConfig)["init_lora_weights"]
+    starts = {name for kind in get_args(named) for name in get_args(kind)}
+    tried = [method.options for method in METHODS if method.kind == "LORA"]
+    assert variants and variants <= {name for options in tried for name in options}
+    untried = starts - {options.get("init_lora_weights") for options in tried}
+    # Drawn otherwise, a faster PiSSA, and one that needs bitsandbytes.
+    assert untried == {"gaussian", "pissa_niter_[number of iters]", "loftq"}
 
 
 def test_the_page_is_made_of_its_rows():

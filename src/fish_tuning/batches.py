@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from peft import PeftMixedModel
 from torch import Tensor, nn
 
 from fish_tuning.devices import device_of
@@ -124,6 +125,14 @@ def _describe(batch: Batch) -> str:
     return f"keys {', '.join(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} items"
 
 
+def _base_of(model: Any) -> Any:
+    """The model whose forward PEFT's wrappers call in the end."""
+    if isinstance(model, PeftMixedModel):
+        return model.base_model.model
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
 class Forward:
     """Calls a model with what its forward takes of a batch.
 
@@ -133,8 +142,7 @@ class Forward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        get_base_model: Any = getattr(model, "get_base_model", None)
-        self.base: Any = model if get_base_model is None else get_base_model()
+        self.base: Any = _base_of(model)
         parameters = inspect.signature(self.base.forward).parameters
         self._named = {
             name

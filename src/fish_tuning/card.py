@@ -22,7 +22,7 @@ _BEGIN, _END = f"<!-- {TAG}: begin -->", f"<!-- {TAG}: end -->"
 _SECTION = re.compile(rf"\s*{_BEGIN}.*?{_END}\n?", re.DOTALL)
 
 
-def write_card(folder: str | os.PathLike[str], mask: FishMask) -> None:
+def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bool = False) -> None:
     """Describe a mask in the model card of a folder, which is made if there is none.
 
     The library's tag joins those of the card; its section takes the place of an earlier one. All
@@ -32,6 +32,8 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask) -> None:
     Args:
         folder: Holds the model and `README.md`, its card.
         mask: The mask of the model.
+        is_adapter: Whether the model is an adapter for PEFT; one that the folder holds already is
+            found there.
     """
     path = Path(folder) / CARD_FILE
     try:
@@ -44,7 +46,8 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask) -> None:
     tags = data.tags or []
     data.tags = tags if TAG in tags else [*tags, TAG]
     rest = _SECTION.sub("\n", card.text).rstrip()
-    section = _section(mask, is_adapter=(path.parent / "adapter_config.json").is_file())
+    is_adapter = is_adapter or (path.parent / "adapter_config.json").is_file()
+    section = _section(mask, is_adapter)
     card.text = f"{rest}\n\n{_BEGIN}\n{section}\n{_END}\n"
     write_atomically(path, str(card).encode())
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fish_tuning.card import write_card
 from fish_tuning.distributed import after_deepspeed_steps, assign
 from fish_tuning.idle_layers import leave_out_idle_layers
 from fish_tuning.mask import FishMask
@@ -27,9 +26,6 @@ HOLDER = "fish"
 """The name under which a masked model holds its trainable values."""
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-
-_UPLOAD = "_upload_modified_files"
-"""What every push_to_hub of transformers and PEFT calls with the folder that it has written."""
 
 
 class Holder(nn.Module):
@@ -65,11 +61,6 @@ class Holder(nn.Module):
         self.handles += leave_out_idle_layers(model, mask)
         for module in {module: None for tensor in self._tensors() for module, _ in tensor.owners}:
             self.handles.append(module.register_load_state_dict_post_hook(self._after_load))
-        if hasattr(model, "save_pretrained"):
-            # A partial, unlike a bound method of another class's making, can be pickled.
-            vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
-        if hasattr(model, _UPLOAD):
-            vars(model)[_UPLOAD] = functools.partial(_upload_modified_files, model)
         # DistributedDataParallel would broadcast them before each forward pass.
         self.ignored_before = getattr(model, _DDP_IGNORES, [])
         ours = [f"{HOLDER}.{name}" for name, _ in self.named_buffers()]
@@ -98,8 +89,6 @@ class Holder(nn.Module):
         """Makes every tensor a parameter of its own again and takes the hooks off."""
         for handle in self.handles:
             handle.remove()
-        for name in ("save_pretrained", _UPLOAD):
-            vars(model).pop(name, None)
         setattr(model, _DDP_IGNORES, self.ignored_before)
         for group in self.groups:
             group.write()
@@ -308,28 +297,6 @@ def _after_step(stepped: set[int]) -> None:
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-def _save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-    """The model's own save_pretrained, with the mask and its description beside what it writes."""
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        _write_mask(self, save_directory)
-    return result
-
-
-def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-    """The model's own upload, of a folder whose card push_to_hub has just replaced."""
-    _write_mask(self, working_dir)
-    return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
-
-
-def _write_mask(model: nn.Module, folder: str) -> None:
-    holder = holder_of(model)
-    if holder is not None:
-        mask = holder.mask()
-        mask.save_pretrained(folder)
-        write_card(folder, mask)
 
 
 def holder_of(model: nn.Module) -> Holder | None:

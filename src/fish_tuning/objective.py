@@ -120,7 +120,10 @@ class Objective:
         for loss in losses:
             _check_finite(loss, numbers)
             if not loss.requires_grad:
-                raise ValueError("the loss does not depend on any trainable parameter")
+                raise ValueError(
+                    "the loss does not depend on any trainable parameter: set requires_grad on "
+                    "what the forward pass uses (with Arrow, the experts and not the router)"
+                )
         return losses
 
     def _losses(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from fish_tuning.devices import check_in_memory
 from fish_tuning.distributed import check_equal, check_maskable
 from fish_tuning.holder import HOLDER, Holder, holder_of
 from fish_tuning.mask import FishMask
+from fish_tuning.publishing import accompany, leave_alone
 
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
@@ -61,6 +62,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, Holder(model, parameters, mask))
+    accompany(model)
     return model
 
 
@@ -84,6 +86,7 @@ def remove_mask(model: nn.Module) -> nn.Module:
         raise ValueError("the model has no mask to remove")
     # The model may be wrapped, in torch.compile for instance.
     owner = next(module for module in model.modules() if module._modules.get(HOLDER) is holder)
+    leave_alone(owner)
     holder.dissolve(owner)
     delattr(owner, HOLDER)
     return model

@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fish_tuning.card import write_card
 from fish_tuning.mask import FishMask
+from fish_tuning.publishing import describe_in_trainers_cards, saves_itself, write_mask
 from fish_tuning.sparse import apply_mask, get_mask, masked_parameters
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class FishTuningCallback(TrainerCallback):
                 "model needs all of them: set zero_optimization.stage to 1 or 2"
             )
         model = kwargs["model"]
+        describe_in_trainers_cards()
         if self.mask is not None:
             apply_mask(model, self.mask)
         elif (mask := get_mask(model)) is None:
@@ -73,6 +74,20 @@ class FishTuningCallback(TrainerCallback):
                 "the optimizer was built before the mask was applied and holds none of the "
                 "selected values: apply the mask first, or let the Trainer build the optimizer"
             )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the mask into a checkpoint of a model that has no save_pretrained to do it."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and not saves_itself(kwargs["model"]) and folder.is_dir():
+            write_mask(kwargs["model"], str(folder))
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the mask and its description where a Trainer gathers what it uploads.
+
+        Of a checkpoint it copies there the weights and the config alone.
+        """
+        if state.is_world_process_zero:
+            write_mask(kwargs["model"], str(args.output_dir))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warns, once, when a trained value is no number any more: the logged loss may hide it."""
@@ -142,18 +157,8 @@ class FishTuningTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        # Trainer calls the save_pretrained of these alone, which brings the mask along.
-        if not isinstance(self.model, PreTrainedModel | PeftModel) and self.args.should_save:
-            mask, folder = get_mask(self.masked_model), str(output_dir or self.args.output_dir)
-            assert mask is not None
-            mask.save_pretrained(folder)
-            write_card(folder, mask)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes transformers' model card, and what is masked into it."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and (mask := get_mask(self.masked_model)) is not None:
-            write_card(str(self.args.output_dir), mask)
+        if not saves_itself(self.masked_model) and self.args.should_save:
+            write_mask(self.masked_model, str(output_dir or self.args.output_dir))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
