@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
+from fish_tuning.experiments.models import keep_differentiable
 
 from .models import (
     assert_scores_close,
@@ -97,6 +98,26 @@ def tiny_masked_lm() -> Any:
 
 def llama_without_cache() -> Any:
     return tiny_llama(use_cache=False)
+
+
+def bert_in_4_bits() -> Any:
+    return quantized(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def bert_in_8_bits() -> Any:
+    return quantized(load_in_8bit=True)
+
+
+def quantized(**bits: Any) -> Any:
+    """BERT whose frozen weights bitsandbytes has quantised; its head is left as it is."""
+    folder = tempfile.mkdtemp(dir=_TEMPORARY.name)
+    tiny_bert().save_pretrained(folder)
+    config = tr.BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **bits)
+    model = tr.AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=config, device_map="cpu"
+    )
+    keep_differentiable(model)
+    return model
 
 
 def _seeded(build: Callable[..., Any], *args: Any) -> Any:
@@ -186,6 +207,8 @@ METHODS = (
     ),
     Method("LoRA, two adapters", "LORA", {"r": 4}, after=_second_adapter),
     Method("LoRA, `model.add_adapter`", "LORA", {"r": 4}, wrapped=False),
+    Method("LoRA, 4-bit base", "LORA", {"r": 4}, bert_in_4_bits),
+    Method("LoRA, 8-bit base", "LORA", {"r": 4}, bert_in_8_bits),
     Method("rsLoRA", "LORA", {"r": 4, "use_rslora": True}),
     Method("DoRA", "LORA", {"r": 4, "use_dora": True}),
     Method("PiSSA start", "LORA", {"r": 4, "init_lora_weights": "pissa"}),
@@ -527,7 +550,9 @@ tiny model; the tests try again and compare.
   outputs.
 - **merge**: `merge_and_unload` gives the same outputs.
 
-"{none}": PEFT cannot do it without a mask either, or the outputs change when it does.
+"{none}": PEFT cannot do it without a mask either, or the outputs change when it does. So it is
+with quantised bases, which merging quantises anew: the merged model is the one that PEFT makes of
+the same adapter without a mask.
 
 """.replace("{one_by_one}", ONE_BY_ONE).replace("{none}", NONE)
 
