@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
+from fish_tuning.experiments.models import keep_differentiable
 
 from .models import (
     assert_scores_close,
@@ -126,6 +127,26 @@ def tiny_masked_lm() -> Any:
 
 def llama_without_cache() -> Any:
     return tiny_llama(use_cache=False)
+
+
+def bert_in_4_bits() -> Any:
+    return quantized(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def bert_in_8_bits() -> Any:
+    return quantized(load_in_8bit=True)
+
+
+def quantized(**bits: Any) -> Any:
+    """BERT whose frozen weights bitsandbytes has quantised; its head is left as it is."""
+    folder = tempfile.mkdtemp(dir=_TEMPORARY.name)
+    tiny_bert().save_pretrained(folder)
+    config = tr.BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **bits)
+    model = tr.AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=config, device_map="cpu"
+    )
+    keep_differentiable(model)
+    return model
 
 
 def _seeded(build: Callable[..., Any], *args: Any) -> Any:
@@ -282,6 +303,8 @@ METHODS = (
     Method("LoRA, two adapters", "LORA", {"r": 4}, after=_second_adapter),
     Method("LoRA, `model.add_adapter`", "LORA", {"r": 4}, add=_in_place, read=_read_in_place),
     Method("LoRA and LoHa, `mixed=True`", "LORA", {"r": 4}, add=_mixed),
+    Method("LoRA, 4-bit base", "LORA", {"r": 4}, bert_in_4_bits),
+    Method("LoRA, 8-bit base", "LORA", {"r": 4}, bert_in_8_bits),
     Method("rsLoRA", "LORA", {"r": 4, "use_rslora": True}),
     Method("DoRA", "LORA", {"r": 4, "use_dora": True}),
     Method(
@@ -695,7 +718,9 @@ tiny model; the tests try again and compare.
   outputs.
 - **merge**: `merge_and_unload` gives the same outputs.
 
-"{none}": PEFT cannot do it without a mask either, or the outputs change when it does.
+"{none}": PEFT cannot do it without a mask either, or the outputs change when it does. So it is
+with quantised bases, which merging quantises anew: the merged model is the one that PEFT makes of
+the same adapter without a mask.
 
 QA-LoRA is for layers that GPTQ has quantized; its row is of unquantized ones in their place.
 Arrow's router has no trained number of its own. Not tried is what needs packages that the tests do

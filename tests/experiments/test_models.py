@@ -127,7 +127,7 @@ def test_quantisation(monkeypatch):
     """Guards the settings, and the remedy where bitsandbytes is missing."""
     config = ModelConfig(name="minilm", quantization="4bit", precision="bf16")
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes.*pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes.*fish-tuning\[quantization\]"):
         quantization_options(config)
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
     settings = quantization_options(config)["quantization_config"]

@@ -18,6 +18,7 @@ from fish_tuning.experiments import run as run_module
 from fish_tuning.experiments import training
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
 from fish_tuning.experiments.run import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
@@ -43,7 +44,7 @@ def files(tmp_path_factory):
 def comparable(folder):
     """results.json without times and memory."""
     content = json.loads((Path(folder) / RESULTS_FILE).read_bytes())
-    for run in content["runs"]:
+    for run in [*content["runs"], *content["search"]]:
         for name in TIMES:
             del run[name]
     return content
@@ -424,3 +425,18 @@ def test_killed_ten_times(files, tmp_path):
         seeds=[1, 2],
     )
     assert _compare_with_undisturbed(tmp_path, config, 10) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantised_weights(files, tmp_path, quantization):
+    """Guards model.quantization: all arms of a seed on the same few bits, at equal counts."""
+    bnb = pytest.importorskip("bitsandbytes")
+    config = experiment(*files, tmp_path / "out", model={"quantization": quantization}, **FEW_ARMS)
+    runs = run_experiment(config, name="quantised").runs
+    assert [run.status for run in runs] == ["finished"] * 2
+    assert {run.trainable_params for run in runs} == {6 * 64 + 34}
+    base = load_model(config.model, load_tokenizer(config.model), 2)
+    kind = {"4bit": bnb.nn.Linear4bit, "8bit": bnb.nn.Linear8bitLt}[quantization]
+    assert sum(isinstance(module, kind) for module in base.modules()) > 6
+    assert type(base.classifier) is torch.nn.Linear

@@ -28,7 +28,7 @@ def check_before_run(config: ExperimentConfig) -> None:
     if config.model.quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"model.quantization: {config.model.quantization!r} needs bitsandbytes, which is not "
-            "installed; run: pip install bitsandbytes, or set it to null"
+            "installed; run: pip install 'fish-tuning[quantization]', or set it to null"
         )
 
 

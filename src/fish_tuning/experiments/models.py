@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -152,13 +153,15 @@ def load_model(
     options: dict[str, Any] = {"dtype": _DTYPES[config.precision]}
     options |= quantization_options(config)
     source = _source(config, weights=True)
-    return _built(
+    model = _built(
         config,
         own,
         lambda: AutoModelForSequenceClassification.from_pretrained(
             source, config=own, trust_remote_code=config.trust_remote_code, **options
         ),
     )
+    keep_differentiable(model)
+    return model
 
 
 def _source(config: ModelConfig, *, weights: bool = False) -> str:
@@ -225,7 +228,7 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"model.quantization: {config.quantization!r} needs bitsandbytes, which is not "
-            "installed; run: pip install bitsandbytes, or set it to null"
+            "installed; run: pip install 'fish-tuning[quantization]', or set it to null"
         )
     bits: dict[str, Any] = {"load_in_8bit": True}
     if config.quantization == "4bit":
@@ -240,3 +243,19 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
         "quantization_config": settings(llm_int8_skip_modules=_HEADS, **bits),
         "device_map": "auto",
     }
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep the 4-bit layers of a model on a processor such that gradients pass through them.
+
+    Where the processor has AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit layer for good when it
+    is first evaluated, for a kernel without a backward pass: training after an evaluation would
+    fail or, where layers have no bias, get no gradients through them.
+
+    Args:
+        model: Any model; without 4-bit layers nothing happens.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
