@@ -152,7 +152,7 @@ def score_with_perturbed_b(
 
     the squared column norms of the full weight's per-example gradient, in which std no longer
     occurs. Scores of A and of B have different scales: give each its share with
-    `create_mask_from_fisher(..., scope="per_tensor")`.
+    `create_mask_from_fisher(..., scope="features")`.
 
     Whichever side of a LoRA pair is zero is perturbed (for embeddings in PEFT that is A); pairs
     with no zero side are scored as they are.
@@ -224,7 +224,7 @@ def _report_zeros(scores: dict[str, Tensor]) -> None:
     logger.warning(
         "All scores are 0 for %d of %d tensors: %s. No information reached them from the loss. "
         "The usual reason is LoRA's start: while B = 0 the gradient of A is 0. Then score with "
-        "score_with_perturbed_b and select with scope='per_tensor', score after some training "
+        "score_with_perturbed_b and select with scope='features', score after some training "
         "steps, or start from a B that is not 0 (PiSSA, OLoRA).",
         len(zeros),
         len(scores),

@@ -478,7 +478,7 @@ def _report_ties(ties: Sequence[tuple[float, int, int]]) -> None:
             f"{sum(taken for _, _, taken in found):,}",
             " An entry that scores 0 had no gradient where it was scored, so its score says "
             "nothing about it. The usual cause is LoRA's A while B is zero. Score with "
-            'score_with_perturbed_b and select with scope="per_tensor", or score after some '
+            'score_with_perturbed_b and select with scope="features", or score after some '
             "training steps."
             if zero
             else "",
