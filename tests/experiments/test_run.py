@@ -43,7 +43,7 @@ def files(tmp_path_factory):
 def comparable(folder):
     """results.json without times and memory."""
     content = json.loads((Path(folder) / RESULTS_FILE).read_bytes())
-    for run in content["runs"]:
+    for run in [*content["runs"], *content["search"]]:
         for name in TIMES:
             del run[name]
     return content

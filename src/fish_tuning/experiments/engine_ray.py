@@ -38,13 +38,17 @@ def over_ray(cpus_per_run: int) -> Iterator[Engine]:
 
     Raises:
         ConfigError: No machine of the cluster has as many cores.
-        ConnectionError: The cluster that RAY_ADDRESS names does not answer.
+        ConnectionError: Ray does not start here, or the cluster does not answer.
     """
     # What is trained here is reported to nobody unless the user has said so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours = not ray.is_initialized()
     if ours:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        # It raises whatever it comes upon, a bare Exception where its processes start too slowly.
+        except Exception as error:
+            raise ConnectionError(f"Ray does not start or answer: {error}") from error
     pending: dict[Any, Arm] = {}
     try:
         cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
