@@ -258,7 +258,7 @@ def assert_scores_close(
     largest = max(float(score.max()) for score in expected.values())
     for name, score in expected.items():
         assert actual[name].shape == score.shape, name
-        zero = name.endswith(("key.bias", "key.base_layer.bias"))
+        zero = name.endswith(("key.bias", "k_proj.bias", "key.base_layer.bias"))
         atol = rtol * (largest if zero else float(score.square().mean().sqrt()))
         difference = (actual[name] - score).abs() - rtol * score.abs() - atol
         assert float(difference.max()) <= 0, f"{name}: {actual[name]} is not {score}"

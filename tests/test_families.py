@@ -84,12 +84,12 @@ def test_scores_equal_the_loop(build, size, caplog):
 
 
 def test_all_weights_of_an_image_model(caplog):
-    """Guards convolution, class token and positions, which have no rule of their own."""
+    """Guards convolution, class token and positions, which have no closed form."""
     model = tiny_vit().double()
     examples = as_type(examples_for(model, 5), torch.float64)
     scores = calculate_fisher_information(model, batches_of(examples, 3), progress=False)
     assert_scores_close(scores, naive_scores(model, examples), rtol=1e-8)
-    assert caplog.text.count("one example at a time") == 1
+    assert "one example at a time" not in caplog.text
 
 
 def train(model, batches, loss, bits=None):

@@ -153,8 +153,7 @@ def test_all_of_a_models_own_weights(name, caplog):
     expected = naive_scores(model, examples)
     for size in (1, 4):
         assert_scores_close(scored(model, batches_of(examples, size)), expected)
-    (message,) = messages(caplog, SLOW)
-    assert re.search(r"(position_embeddings|wpe)\.weight is given \(1, \d+\) for 4", message)
+    assert not messages(caplog, SLOW)
 
 
 T, QV = peft.TaskType, ["query", "value"]
@@ -204,13 +203,12 @@ METHODS = {
     ),
     "prefix t5": (tiny_t5, peft.PrefixTuningConfig(task_type=T.SEQ_2_SEQ_LM, num_virtual_tokens=3)),
 }
-ONE_PASS = {"layer norm bert", "lora bias", "prefix bert", "prefix gpt2", "prefix t5"}
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 @pytest.mark.parametrize("method", METHODS)
 def test_other_adapters(method, caplog):
-    """Guards against wrong scores of what has no rule, and against a warning a batch."""
+    """Guards against wrong scores, or slow ones, of adapters that are not made of linear layers."""
     build, config = METHODS[method]
     model = peft.get_peft_model(build(), copy.deepcopy(config)).double()
     with torch.no_grad():
@@ -220,16 +218,17 @@ def test_other_adapters(method, caplog):
     examples = examples_for(model, 6)
     scores = scored(model, batches_of(examples, 3))
     assert_scores_close(scores, naive_scores(model, examples))
-    assert len(messages(caplog, SLOW)) == (method not in ONE_PASS)
+    assert not messages(caplog, SLOW)
 
 
-def test_dora_falls_back_once_for_many_batches(caplog):
+def test_one_warning_for_many_batches(caplog):
     """Guards against a warning for every batch, or none: the time it takes must be explained."""
-    model = with_lora(tiny_bert(), use_dora=True, init_lora_weights=False)
+    config = peft.AdaptionPromptConfig(T.CAUSAL_LM, adapter_len=4, adapter_layers=2)
+    model = peft.get_peft_model(tiny_llama(), config)
     scored(model, batches_of(examples_for(model, 6), 2))
-    (message,) = messages(caplog)
+    (message,) = messages(caplog, SLOW)
     assert message.startswith("Scoring one example at a time, which is slower: ")
-    assert "lora_magnitude_vector.default.weight, 'weight' of a Dora" in message
+    assert "adaption_prompt is part of a AdaptedAttention, which takes or gives other" in message
 
 
 # --- options -------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from .methods_table import METHODS, STEPS, outcomes, page
+from .methods_table import METHODS, STEPS, outcomes, page, scores_in_double
+from .models import assert_scores_close
 
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
 ROWS = {
@@ -30,6 +31,22 @@ def test_every_method(method, tmp_path):
     if "-bit base" in method.name:
         pytest.importorskip("bitsandbytes")
     assert outcomes(method, tmp_path) == ROWS[method.name]
+
+
+# Of which something is float32 whatever the model is, or whose loss is not the likelihood alone.
+NOT_IN_DOUBLE = {
+    *("LoRA, `target_parameters`", "AdaMSS", "AdaMSS, `use_asa`"),
+    *("AdaLoRA", "CPT", "Shadow", "Arrow"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m.name not in NOT_IN_DOUBLE], ids=lambda method: method.name
+)
+def test_scores_in_double(method):
+    """Guards the recomputed layers to the last digits, where float32 would hide a term."""
+    assert_scores_close(*scores_in_double(method), rtol=1e-10)
 
 
 def test_no_method_is_missing():

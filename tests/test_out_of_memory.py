@@ -65,20 +65,35 @@ def head_and_embeddings(**config):
     return model.double()
 
 
+def recomputed():
+    lora = with_lora(tiny_bert(), init_lora_weights=False, lora_dropout=0.0, use_dora=True)
+    return lora.double()
+
+
+def one_by_one():
+    """A loss of its own, which is known for one example at a time only."""
+
+    def double(module, args, outputs):
+        if outputs.loss is not None:
+            outputs.loss = 2 * outputs.loss
+
+    model = with_lora(tiny_bert(), init_lora_weights=False, lora_dropout=0.0).double()
+    model.get_base_model().register_forward_hook(double)
+    return model
+
+
 KINDS = {
-    "one pass": ({}, {}),
-    "several losses": ({}, {"estimator": "true"}),
-    "absolute": ({}, {"statistic": "absolute"}),
-    "one by one": ({"use_dora": True}, {}),
+    "one pass": (head_and_embeddings, {}),
+    "several losses": (head_and_embeddings, {"estimator": "true"}),
+    "absolute": (head_and_embeddings, {"statistic": "absolute"}),
+    "recomputed": (recomputed, {}),
+    "one by one": (one_by_one, {}),
 }
 
 
 def model_and_options(kind):
-    config, options = KINDS[kind]
-    if config:
-        lora = with_lora(tiny_bert(), init_lora_weights=False, lora_dropout=0.0, **config)
-        return lora.double(), options
-    return head_and_embeddings(), options
+    build, options = KINDS[kind]
+    return build(), options
 
 
 def scored(model, loader, **options):

@@ -1,11 +1,10 @@
 """Per-example gradients of a whole batch in one backward pass.
 
-For a linear layer with input ``x`` and output gradient ``g`` the gradient of example ``b`` is
-``sum_t g[b, t] x[b, t]^T``. Backward visits both factors anyway, so hooks on the modules that own
-the parameters are all it takes. Each rule below is such a product, by type of module.
+Hooks on the modules that own the parameters, or on the adapter layers around them, collect inputs
+and output gradients. Of these a closed form (`rules`) or the module's own forward, run again
+(`recomputed`), makes the gradients of each example.
 """
 
-import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
+from fish_tuning.memory import is_out_of_memory
+from fish_tuning.prompts import one_prompt
 from fish_tuning.reduction import Entrywise, Reduction, precision
+from fish_tuning.rules import embedding_rows
+from fish_tuning.sources import Group, NoRuleError, Sources
 
 CHUNK_ENTRIES = 2**24
 """Entries of per-example gradients alive at once: wide layers go a few examples at a time."""
@@ -29,92 +29,13 @@ Added = Counter[tuple[str, int]]
 have already. An attempt that ran out of memory leaves it to the next one."""
 
 
-class NoRuleError(Exception):
-    """Gradients of one pass do not hold for this model; the message says where and why."""
-
-
-def _tokens(tensor: Tensor) -> Tensor:
-    """Folds all positions of an example into one axis: (b, ..., d) -> (b, t, d)."""
-    return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
-
-
-def _linear_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = x W^T: (b, t, i), (b, t, o) -> (b, o, i)."""
-    return torch.bmm(_tokens(g).transpose(1, 2), _tokens(x))
-
-
-def _conv1d_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = x W, GPT-2's transposed linear layer: (b, t, i), (b, t, o) -> (b, i, o)."""
-    return _linear_weight(module, g, x)
-
-
-def _bias(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = ... + b: (b, t, o) -> (b, o)."""
-    return _tokens(g).sum(1)
-
-
-def _embedding_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
-    """y = W[x]: (b, t), (b, t, d) -> (b, vocabulary, d)."""
-    ids, g = _embedding_rows(module, x, g)
-    rows = g.new_zeros(len(g), module.weight.shape[0], g.shape[-1])
-    return rows.scatter_add_(1, ids.unsqueeze(-1).expand_as(g), g)
-
-
-def _embedding_rows(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    ids, g = x.reshape(len(x), -1), _tokens(g)
-    if module.padding_idx is not None:
-        g = g * (ids != module.padding_idx).unsqueeze(-1)
-    return ids, g
-
-
-def _layer_norm_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
-    """y = w * normalized(x) + b over the last axis: (b, t, d), (b, t, d) -> (b, d)."""
-    return _tokens(F.layer_norm(x, x.shape[-1:], eps=module.eps) * g).sum(1)
-
-
-def _rms_norm_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = w * n(x) or (1 + w) * n(x), n the norm: (b, t, d), (b, t, d) -> (b, d).
-
-    The module itself computes n(x): some round to float32 in between, whatever the input is.
-    """
-    like = module.get_parameter("weight").to(x.dtype)
-    at_one, at_zero = (
-        functional_call(module, {"weight": torch.full_like(like, value)}, x) for value in (1, 0)
-    )
-    return _tokens((at_one - at_zero) * g).sum(1)
-
-
-Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-# By forward function and not by class: a subclass that computes something else has another
-# forward, and so no rule.
-_RULES: dict[tuple[Callable[..., Any], str], Rule] = {
-    (nn.Linear.forward, "weight"): _linear_weight,
-    (nn.Linear.forward, "bias"): _bias,
-    (Conv1D.forward, "weight"): _conv1d_weight,
-    (Conv1D.forward, "bias"): _bias,
-    (nn.Embedding.forward, "weight"): _embedding_weight,
-    (nn.LayerNorm.forward, "weight"): _layer_norm_weight,
-    (nn.LayerNorm.forward, "bias"): _bias,
-}
-
-
-def _rule_for(module: nn.Module, attribute: str) -> Rule | None:
-    # transformers writes one RMSNorm class a model; one that borrows the name for something else
-    # is caught when the first batch is compared with autograd.
-    if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")) and attribute == "weight":
-        takes_one_input = len(inspect.signature(module.forward).parameters) == 1
-        return _rms_norm_weight if takes_one_input else None
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
-        return None
-    return _RULES.get((type(module).forward, attribute))
-
-
 class _Use:
     """One call of a module: its input, and its output's gradient once backward brings it."""
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         self.module, self.x = module, x
+        kind = x.device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.g: Tensor | None = None
 
 
@@ -136,26 +57,26 @@ class PerExampleGradients:
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], reduction: Reduction
     ) -> None:
-        self._parameters, self._reduction = parameters, reduction
+        self._model, self._parameters, self._reduction = model, parameters, reduction
         self.sums = {name: reduction.zeros(p) for name, p in parameters.items()}
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        self._owned: dict[nn.Module, list[tuple[str, Rule]]] = defaultdict(list)
-        for module in model.modules():
-            for attribute, parameter in module._parameters.items():
-                if (name := names.get(id(parameter))) is not None:
-                    if (rule := _rule_for(module, attribute)) is None:
-                        kind = type(module).__name__
-                        raise NoRuleError(f"{name}, {attribute!r} of a {kind}, has no rule")
-                    self._owned[module].append((name, rule))
+        self._sources = Sources(model, parameters)
         self._size, self._loss = 0, 0
         self._added: Added = Counter()
         self._roots: list[Tensor] = []
-        self._expected: dict[str, int] = defaultdict(int)
-        self._arrived: dict[str, list[tuple[_Use, Rule]]] = defaultdict(list)
+        self._shared: list[tuple[nn.Module, Tensor]] = []
+        self._expected: dict[Group, int] = defaultdict(int)
+        self._arrived: dict[Group, list[_Use]] = defaultdict(list)
         self._totals: dict[str, Tensor] | None = None
         self._magnitudes: dict[str, Tensor] = {}
-        self._checked = False
-        self._roots_suffice = False
+        self._checked, self._shared_checked = False, False
+        self._roots_suffice, self._looking = False, False
+
+    def recompute(self, error: NoRuleError) -> bool:
+        """Whether there is another way to the gradients that did not hold; it is taken then.
+
+        Not once a batch has been compared: nothing would tell whether the other way holds.
+        """
+        return not self._checked and self._sources.recompute(error.modules)
 
     @contextmanager
     def checking_batch_axis(self) -> Iterator[None]:
@@ -171,20 +92,36 @@ class PerExampleGradients:
 
         def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             try:
-                self._check_batch_axis(module, _input(args, kwargs), 1)
+                self._check_batch_axis(module, self._input(module, args, kwargs, output), 1)
             except NoRuleError as misfit:
                 misfits.append(misfit)
 
         with self._hooked(look):
             yield
         if misfits:
-            raise misfits[0]
+            modules = [module for misfit in misfits for module in misfit.modules]
+            raise NoRuleError(str(misfits[0]), modules)
+
+    def _input(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+        """What a module was called with: of one that is run again, it has to be one tensor."""
+        values = [*args, *kwargs.values()]
+        x = values[0] if values else None
+        if module in self._sources.recomputed:
+            alone = len(args) == 1 and all(value is None for value in values[1:])
+            if not (alone and isinstance(x, Tensor) and isinstance(output, Tensor)):
+                raise NoRuleError(
+                    f"{self._sources.groups[module][0][0]} is part of a {type(module).__name__}, "
+                    "which takes or gives other than one tensor"
+                )
+        assert isinstance(x, Tensor)
+        return x
 
     def _check_batch_axis(self, module: nn.Module, x: Tensor, size: int) -> None:
         if x.shape[:1] != (size,):
             raise NoRuleError(
-                f"the module of {self._owned[module][0][0]} is given {tuple(x.shape)} for {size} "
-                f"example{'s' * (size != 1)}: its first axis is not the batch"
+                f"the module of {self._sources.groups[module][0][0]} is given {tuple(x.shape)} for "
+                f"{size} example{'s' * (size != 1)}: its first axis is not the batch",
+                [module],
             )
 
     @contextmanager
@@ -193,45 +130,67 @@ class PerExampleGradients:
 
         Args:
             size: The number of examples. A module that is called with another number of rows
-                (positions shared by the batch) raises `NoRuleError` then and there.
+                raises `NoRuleError` then and there; with one, its row is everybody's.
             added: What is left out, as the sums have it; what is added is entered.
         """
         self._size, self._loss = size, 0
         self._added = Counter() if added is None else added
         try:
-            with self._hooked(self._on_forward):
+            with self._hooked(self._on_forward), one_prompt(self._model):
                 yield
+        except (NoRuleError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not self._shared or is_out_of_memory(error):
+                raise
+            name = self._sources.groups[self._shared[0][0]][0][0]
+            raise NoRuleError(
+                f"the rows of {name} are the same for all examples, and the model does not take "
+                f"them for each ({str(error).partition(chr(10))[0]})"
+            ) from error
         finally:
-            self._roots = []
+            self._roots, self._shared = [], []
             self._expected.clear()
             self._arrived.clear()
 
     @contextmanager
-    def _hooked(self, hook: Callable[..., None]) -> Iterator[None]:
-        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in self._owned]
+    def _hooked(self, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in self._sources.groups]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _on_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _on_forward(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
+        if self._sources.running:
+            return None
+        x = self._input(module, args, kwargs, output)
         if not output.requires_grad:
-            return
-        x = _input(args, kwargs)
+            return None
+        shared = len(x) == len(output) == 1 < self._size
+        if shared:
+            # As positions are, or a prompt: a row for each example lets each have its gradient.
+            x, output = (row.expand(self._size, *row.shape[1:]) for row in (x, output))
+            self._shared.append((module, output))
         self._check_batch_axis(module, x, self._size)
         if not x.requires_grad:
             self._roots.append(output)
-        for name, _ in self._owned[module]:
-            self._expected[name] += 1
+        for group in self._sources.groups[module]:
+            self._expected[group] += 1
         output.register_hook(partial(self._on_gradient, _Use(module, x.detach())))
+        return output if shared else None
 
     def _on_gradient(self, use: _Use, g: Tensor) -> None:
+        if self._looking:
+            return
         use.g = g.detach()
-        for name, rule in self._owned[use.module]:
-            self._arrived[name].append((use, rule))
-            if len(self._arrived[name]) == self._expected[name]:
-                self._accumulate(name)
+        for group in self._sources.groups[use.module]:
+            self._arrived[group].append(use)
+            if len(self._arrived[group]) == self._expected[group]:
+                self._accumulate(group)
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Adds the per-example gradients of a batch.
@@ -247,6 +206,8 @@ class PerExampleGradients:
             NoRuleError: The sum over the examples is not the gradient of the batch; `sums` is 0
                 again then, as after any other error of the first call.
         """
+        if self._shared and not self._shared_checked:
+            self._check_shared(losses)
         total = losses.sum()
         if self._checked:
             # With the outputs nearest to the input as targets, autograd passes through all
@@ -274,6 +235,32 @@ class PerExampleGradients:
         self._checked = True
         self._loss += 1
 
+    def _check_shared(self, losses: Tensor) -> None:
+        """Looks at rows that were one for all: the loss of an example depends on its own alone.
+
+        A model that takes the first of them for everybody is caught here: the sum over the
+        examples would be right.
+        """
+        for example in (0, self._size - 1):
+            self._looking = True
+            try:
+                gradients = torch.autograd.grad(
+                    losses[example],
+                    [rows for _, rows in self._shared],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            finally:
+                self._looking = False
+            for (module, _), gradient in zip(self._shared, gradients, strict=True):
+                others = [row for row in range(self._size) if row != example]
+                if gradient is not None and gradient[others].any():
+                    raise NoRuleError(
+                        f"the module of {self._sources.groups[module][0][0]} is given one row for "
+                        f"{self._size} examples, and the model mixes them"
+                    )
+        self._shared_checked = True
+
     @torch.no_grad()
     def _backward(
         self, total: Tensor, targets: list[Any], retain_graph: bool
@@ -288,8 +275,8 @@ class PerExampleGradients:
 
     def _flush(self) -> None:
         """Takes the parameters some of whose uses the loss does not depend on."""
-        for name in [name for name, uses in self._arrived.items() if uses]:
-            self._accumulate(name)
+        for group in [group for group, uses in self._arrived.items() if uses]:
+            self._accumulate(group)
 
     @torch.no_grad()
     def _compare(self, totals: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]) -> None:
@@ -309,79 +296,83 @@ class PerExampleGradients:
         # Looked at together: on an accelerator each look would wait for the device.
         device = next(iter(self.sums.values())).device
         together = torch.stack([beyond.to(device, torch.float32) for beyond in excess.values()])
-        for name, beyond in zip(excess, together.tolist(), strict=True):
-            if beyond > 0:
-                raise NoRuleError(f"the gradient of {name} is not the one its module's inputs give")
-
-    def _accumulate(self, name: str) -> None:
-        uses = self._arrived.pop(name)
-        sums = self.sums[name]
-        totals = None if self._totals is None else self._totals[name]
-        factors = [(use.module, rule, *_cast(use, sums)) for use, rule in uses]
-        if totals is not None:
-            self._magnitudes[name] = sum(
-                (g.norm() * (_norm(x) + g.numel() ** 0.5) for _, _, x, g in factors),
-                start=sums.new_zeros(()),
+        wrong = [
+            name for name, beyond in zip(excess, together.tolist(), strict=True) if not beyond <= 0
+        ]
+        if wrong:
+            raise NoRuleError(
+                f"the gradient of {wrong[0]} is not the one its module's inputs give",
+                self._sources.givers(wrong),
             )
-        key, batch = (name, self._loss), len(factors[0][2])
-        first = self._added[key]
-        looked_up = all(rule is _embedding_weight for _, rule, _, _ in factors)
-        if looked_up and isinstance(self._reduction, Entrywise):
+
+    def _accumulate(self, group: Group) -> None:
+        uses = self._arrived.pop(group)
+        if self._totals is not None:
+            like = self.sums[group[0]]
+            magnitude = sum((_magnitude(use, like) for use in uses), start=like.new_zeros(()))
+            self._magnitudes |= dict.fromkeys(group, magnitude)
+        batch = len(uses[0].x)
+        # An attempt that failed may have come further with some of them.
+        first = min(self._added[name, self._loss] for name in group)
+        if group in self._sources.looked_up and isinstance(self._reduction, Entrywise):
             if first < batch:
-                rows = [(module, rule, x[first:], g[first:]) for module, rule, x, g in factors]
-                self._accumulate_rows(rows, self._reduction, sums, totals)
-                self._added[key] = batch
+                self._accumulate_rows(group[0], self._reduction, uses, first)
+                self._added[group[0], self._loss] = batch
             return
-        step = max(1, CHUNK_ENTRIES // self._parameters[name].numel())
-        whole = first == 0 and step >= batch
+        step = max(1, CHUNK_ENTRIES // self._sources.entries[group])
         for start in range(first, batch, step):
-            part = slice(start, start + step)
-            gradients = None
-            for module, rule, x, g in factors:
-                of_use = rule(module, x, g) if whole else rule(module, x[part], g[part])
-                gradients = of_use if gradients is None else gradients + of_use
-            assert gradients is not None
-            if totals is not None:
-                totals += gradients.sum(0)
-            self._reduction.add(sums, gradients)
-            self._added[key] = min(start + step, batch)
+            for name, gradient in self._gradients(group, uses, slice(start, start + step)).items():
+                fresh = gradient[max(0, self._added[name, self._loss] - start) :]
+                if self._totals is not None:
+                    self._totals[name] += fresh.sum(0)
+                self._reduction.add(self.sums[name], fresh)
+                self._added[name, self._loss] = max(
+                    self._added[name, self._loss], min(start + step, batch)
+                )
+
+    def _gradients(self, group: Group, uses: list[_Use], rows: slice) -> dict[str, Tensor]:
+        """Of some of the examples, (rows, *shape) by name: all uses together."""
+        gradients: dict[str, Tensor] = {}
+        dtype = self.sums[group[0]].dtype
+        for use in uses:
+            assert use.g is not None
+            found = self._sources.gradients(
+                group, use.module, use.x[rows], use.g[rows], dtype, use.autocast
+            )
+            for name, of_use in found:
+                known = gradients.get(name)
+                gradients[name] = of_use if known is None else known + of_use
+        return gradients
 
     def _accumulate_rows(
-        self,
-        factors: list[tuple[nn.Module, Rule, Tensor, Tensor]],
-        reduction: Entrywise,
-        sums: Tensor,
-        totals: Any,
+        self, name: str, reduction: Entrywise, uses: list[_Use], first: int
     ) -> None:
         """Embeddings: only the rows that an example looks up have a gradient."""
-        pairs = [_embedding_rows(module, x, g) for module, _, x, g in factors]
+        sums = self.sums[name]
+        pairs = [_rows_of(use, first, sums.dtype) for use in uses]
         ids = torch.cat([ids for ids, _ in pairs], 1)
         g = torch.cat([g for _, g in pairs], 1).flatten(0, 1)
         vocabulary = len(sums)
         keys = ids + vocabulary * torch.arange(len(ids), device=ids.device).unsqueeze(1)
         looked_up, position = keys.flatten().unique(return_inverse=True)
         rows = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, position, g)
-        if totals is not None:
-            totals.index_add_(0, ids.flatten(), g)
+        if self._totals is not None:
+            self._totals[name].index_add_(0, ids.flatten(), g)
         sums.index_add_(0, looked_up % vocabulary, reduction.raised(rows))
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    value = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _norm(x: Tensor) -> Tensor | float:
-    """The norm of a factor; the indices of an embedding are none."""
-    return x.norm() if x.is_floating_point() else 0.0
-
-
-def _cast(use: _Use, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in the accumulator's precision; indices stay integers."""
+def _rows_of(use: _Use, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     assert use.g is not None
-    x = use.x.to(like.dtype) if use.x.is_floating_point() else use.x
-    return x, use.g.to(like.dtype)
+    return embedding_rows(use.module, use.x[first:], use.g[first:].to(dtype))
+
+
+def _magnitude(use: _Use, like: Tensor) -> Tensor:
+    """How large rounding errors can be, in units of the precision: of both factors' norms."""
+    assert use.g is not None
+    # The indices of an embedding are no factor.
+    x = use.x.to(like.dtype).norm() if use.x.is_floating_point() else 0.0
+    magnitude: Tensor = use.g.to(like.dtype).norm() * (x + use.g.numel() ** 0.5)
+    return magnitude
 
 
 def _leaves(output: Tensor) -> set[int]:

@@ -6,15 +6,16 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from fish_tuning.batches import Batch, batch_size, take
+from fish_tuning.memory import is_out_of_memory
 from fish_tuning.objective import Objective
-from fish_tuning.per_example import Added, NoRuleError, PerExampleGradients
+from fish_tuning.per_example import Added, PerExampleGradients
 from fish_tuning.reduction import Reduction
+from fish_tuning.sources import NoRuleError
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,9 @@ class Sums:
     def _fits(self, batch: Batch, numbers: Sequence[int], added: Added) -> bool:
         """Adds a part unless memory does not suffice; `added` says how far it came then."""
         try:
-            try:
-                self.scorer.add(batch, numbers, added)
-            except NoRuleError as reason:
-                self.scorer = self.scorer.one_by_one(reason)
-                self.scorer.add(batch, numbers, added)
+            self._add(batch, numbers, added)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
             if len(numbers) == 1 or not self._divisible:
@@ -85,13 +82,12 @@ class Sums:
         gc.collect()
         return False
 
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator failed; that of the processor has no error class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        allocator in str(error)
-        for allocator in ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out")
-    )
+    def _add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
+        while True:
+            try:
+                return self.scorer.add(batch, numbers, added)
+            except NoRuleError as reason:
+                self.scorer = self.scorer.otherwise(reason)
 
 
 class OnePass:
@@ -114,8 +110,10 @@ class OnePass:
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
                 self.gradients.backward(loss, retain_graph=left > 0)
 
-    def one_by_one(self, reason: object) -> OneByOne:
-        """What goes on where this has no rule."""
+    def otherwise(self, reason: NoRuleError) -> OnePass | OneByOne:
+        """What goes on where gradients did not hold."""
+        if self.gradients.recompute(reason):
+            return self
         return _one_by_one(self.parameters, self.objective, self.reduction, reason, self.sums)
 
 
@@ -150,7 +148,7 @@ class OneByOne:
                         self.reduction.add(total, one)
                         added[name, j] = i + 1
 
-    def one_by_one(self, reason: object) -> OneByOne:
+    def otherwise(self, reason: NoRuleError) -> OneByOne:
         """Itself: no rule is needed."""
         return self
 
@@ -163,21 +161,23 @@ def scorer_for(
     batch: Batch,
 ) -> OnePass | OneByOne:
     """Looks at one example: which loss it has, and whether one pass a batch will do."""
-    gradients = None
-    look: AbstractContextManager[None]
-    reason: str | Exception = "the model's loss is none of those known by example"
     try:
         gradients = PerExampleGradients(model, parameters, reduction)
-        look = gradients.checking_batch_axis()
     except NoRuleError as error:
-        reason, look = error, nullcontext()
-    try:
-        with look:
-            objective.recognise(batch)
-    except NoRuleError as error:
+        objective.recognise(batch)
         return _one_by_one(parameters, objective, reduction, error)
-    if gradients is None or not objective.by_example:
-        return _one_by_one(parameters, objective, reduction, reason)
+    while True:
+        try:
+            with gradients.checking_batch_axis():
+                objective.recognise(batch)
+            break
+        except NoRuleError as error:
+            if not gradients.recompute(error):
+                return _one_by_one(parameters, objective, reduction, error)
+    if not objective.by_example:
+        return _one_by_one(
+            parameters, objective, reduction, "the model's loss is none of those known by example"
+        )
     return OnePass(parameters, objective, reduction, gradients)
 
 

@@ -1,0 +1,35 @@
+"""PEFT's prompts: one encoded prompt is repeated for each example of a batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
+
+_REPEATED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+
+
+@contextmanager
+def one_prompt(model: nn.Module) -> Iterator[None]:
+    """Inside the block a trained prompt is not repeated, for who gives it a row an example."""
+    prompted = [
+        module
+        for module in model.modules()
+        if isinstance(module, PeftModel)
+        and module.active_peft_config.peft_type in _REPEATED
+        and any(p.requires_grad for p in module.prompt_encoder.parameters())
+    ]
+    for module in prompted:
+        vars(module)["get_prompt"] = partial(_prompt_of_one, module)
+    try:
+        yield
+    finally:
+        for module in prompted:
+            del vars(module)["get_prompt"]
+
+
+def _prompt_of_one(model: PeftModel, batch_size: int, *args: Any, **kwargs: Any) -> Tensor:
+    prompt: Tensor = type(model).get_prompt(model, 1, *args, **kwargs)
+    return prompt
