@@ -36,7 +36,7 @@ def test_every_method(method, tmp_path):
 # Of which something is float32 whatever the model is, or whose loss is not the likelihood alone.
 NOT_IN_DOUBLE = {
     *("LoRA, `target_parameters`", "AdaMSS", "AdaMSS, `use_asa`"),
-    *("AdaLoRA", "CPT", "Shadow", "Arrow"),
+    *("AdaLoRA", "CPT", "Shadow", "Arrow", "LoRA, 4-bit base", "LoRA, 8-bit base"),
 }
 
 
