@@ -21,7 +21,7 @@ from fish_tuning import (
 )
 from fish_tuning.card import write_card
 
-from .models import batches_of, examples_for, tiny_bert, with_lora
+from .models import OLD_TRANSFORMERS, batches_of, examples_for, tiny_bert, with_lora
 
 SETTINGS = {
     "num_trainable": 300,
@@ -139,6 +139,8 @@ class Uploads:
 @pytest.fixture
 def uploads(monkeypatch):
     """A hub whose repository has a card of its own."""
+    if OLD_TRANSFORMERS:
+        pytest.skip("the hub is reached through other functions before transformers 5")
     uploads = Uploads()
     for module in (hub, transformers.modeling_utils):
         monkeypatch.setattr(

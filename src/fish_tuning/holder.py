@@ -21,15 +21,12 @@ from fish_tuning.card import write_card
 from fish_tuning.distributed import assign
 from fish_tuning.idle_layers import leave_out_idle_layers
 from fish_tuning.mask import FishMask
-from fish_tuning.storage import Group, MaskedTensor, grouped, take_out
+from fish_tuning.storage import RESTING, Group, MaskedTensor, grouped, take_out
 
 HOLDER = "fish"
 """The name under which a masked model holds its trainable values."""
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-
-_UPLOAD = "_upload_modified_files"
-"""What every push_to_hub of transformers and PEFT calls with the folder that it has written."""
 
 
 class Holder(nn.Module):
@@ -64,12 +61,12 @@ class Holder(nn.Module):
         ]
         self.handles += leave_out_idle_layers(model, mask)
         for module in {module: None for tensor in self._tensors() for module, _ in tensor.owners}:
+            self.handles.append(module.register_load_state_dict_pre_hook(self._before_load))
             self.handles.append(module.register_load_state_dict_post_hook(self._after_load))
-        if hasattr(model, "save_pretrained"):
-            # A partial, unlike a bound method of another class's making, can be pickled.
-            vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
-        if hasattr(model, _UPLOAD):
-            vars(model)[_UPLOAD] = functools.partial(_upload_modified_files, model)
+        for name, with_mask in _SAVING.items():
+            if hasattr(model, name):
+                # A partial, unlike a bound method of another class's making, can be pickled.
+                vars(model)[name] = functools.partial(with_mask, model)
         # DistributedDataParallel would broadcast them before each forward pass.
         self.ignored_before = getattr(model, _DDP_IGNORES, [])
         ours = [f"{HOLDER}.{name}" for name, _ in self.named_buffers()]
@@ -98,7 +95,7 @@ class Holder(nn.Module):
         """Makes every tensor a parameter of its own again and takes the hooks off."""
         for handle in self.handles:
             handle.remove()
-        for name in ("save_pretrained", _UPLOAD):
+        for name in _SAVING:
             vars(model).pop(name, None)
         setattr(model, _DDP_IGNORES, self.ignored_before)
         for group in self.groups:
@@ -109,6 +106,7 @@ class Holder(nn.Module):
             parameter = nn.Parameter(tensor.resting.detach().clone(), tensor.required_grad)
             for module, attribute in tensor.owners:
                 del module._buffers[attribute]
+                vars(module).pop(RESTING, None)
                 module._parameters[attribute] = parameter
         for module, order in self.orders.items():
             unsorted = dict(module._parameters)
@@ -130,11 +128,10 @@ class Holder(nn.Module):
         self.stale, self.armed = False, False
         for group in self.groups:
             for tensor in group.tensors:
-                tensor.resting = group.view(tensor).detach().requires_grad_()
+                tensor.rest(group.view(tensor).detach().requires_grad_())
                 tensor.resting.register_post_accumulate_grad_hook(
                     _direct_gradient_hook(self, group, tensor)
                 )
-                tensor.install(tensor.resting)
         _live.add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -222,21 +219,34 @@ class Holder(nn.Module):
                 if prefix + key in state:
                     state[prefix + key] = copy
 
-    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+    def _owned_by(self, module: nn.Module) -> Iterator[tuple[Group, MaskedTensor, str]]:
         for group in self.groups:
             for tensor in group.tensors:
                 for owner, attribute in tensor.owners:
                     if owner is module:
-                        self._read(group, tensor, owner._buffers[attribute])
+                        yield group, tensor, attribute
 
     @torch.no_grad()
-    def _read(self, group: Group, tensor: MaskedTensor, loaded: Tensor | None) -> None:
-        if loaded is not None and loaded is not tensor.resting:
-            # load_state_dict(assign=True) puts another tensor in its place.
-            tensor.resting.copy_(loaded)
-            tensor.install(tensor.resting)
-        selected = group.storage[group.index[tensor.selected]]
-        assign(group.values, tensor.selected, selected)
+    def _before_load(
+        self, module: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # The adapters library loads module by module, which ends without the hooks after loading.
+        for group, tensor, attribute in self._owned_by(module):
+            loaded = state.get(prefix + attribute)
+            if loaded is not None and loaded.shape == tensor.resting.shape:
+                here = group.index[tensor.selected] - tensor.entries.start
+                assign(group.values, tensor.selected, loaded.to(group.storage).reshape(-1)[here])
+
+    @torch.no_grad()
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        for group, tensor, attribute in self._owned_by(module):
+            loaded = module._buffers[attribute]
+            if loaded is not None and loaded is not tensor.resting:
+                # load_state_dict(assign=True) puts another tensor in its place.
+                tensor.resting.copy_(loaded)
+                tensor.install(tensor.resting)
+            selected = group.storage[group.index[tensor.selected]]
+            assign(group.values, tensor.selected, selected)
 
 
 def _direct_gradient_hook(
@@ -299,6 +309,22 @@ def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: An
     """The model's own upload, of a folder whose card push_to_hub has just replaced."""
     _write_mask(self, working_dir)
     return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
+
+
+def _save_adapter(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    """save_adapter of the adapters library, which its save_all_adapters calls for each folder."""
+    result = type(self).save_adapter(self, save_directory, *args, **kwargs)
+    _write_mask(self, save_directory)
+    return result
+
+
+_SAVING = {
+    "save_pretrained": _save_pretrained,
+    # What every push_to_hub of transformers and PEFT calls with the folder that it has written.
+    "_upload_modified_files": _upload_modified_files,
+    "save_adapter": _save_adapter,
+}
+"""Methods of models that write a folder, each with the one that writes the mask there too."""
 
 
 def _write_mask(model: nn.Module, folder: str) -> None:

@@ -255,6 +255,7 @@ def keep_differentiable(model: nn.Module) -> None:
     Args:
         model: Any model; without 4-bit layers nothing happens.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
