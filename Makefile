@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-deepspeed fuzz bench bench-gpu lint clean
+.PHONY: help quickstart test test-all test-deepspeed test-adapters fuzz bench bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,17 @@ $(WITH_DEEPSPEED)/.installed: pyproject.toml constraints.txt
 test-deepspeed: $(WITH_DEEPSPEED)/.installed ## training under DeepSpeed, in an environment of its own
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(WITH_DEEPSPEED)/bin/python -m pytest -m slow tests/test_deepspeed.py
 
+# The adapters library needs transformers 4, which the extra `experiments` does not run on.
+ADAPTERS := .venv-adapters
+$(ADAPTERS)/.installed: pyproject.toml constraints-adapters.txt
+	$(PYTHON) -m venv $(ADAPTERS)
+	$(ADAPTERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-adapters.txt -e '.[adapters,test]'
+	@touch $@
+
+test-adapters: $(ADAPTERS)/.installed ## the adapters library, and this one on the transformers that it needs
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ADAPTERS)/bin/python -m pytest -n 2 tests/test_*.py \
+		--ignore tests/test_cli.py --ignore tests/test_other_trainers.py --ignore tests/test_readme.py --ignore tests/test_card.py
+
 fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 	$(BIN)/python -m tests.fuzz 600
 
@@ -58,5 +69,5 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(WITH_DEEPSPEED) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WITH_DEEPSPEED) $(ADAPTERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -91,7 +91,7 @@ def tiny_squeezebert() -> Any:
     config = tr.SqueezeBertConfig(
         **groups, **sizes, **layers, intermediate_groups=1, num_labels=3, initializer_range=0.2
     )
-    return _seeded(tr.SqueezeBertForSequenceClassification, config)
+    return seeded(tr.SqueezeBertForSequenceClassification, config)
 
 
 def tiny_mixtral() -> Any:
@@ -99,7 +99,7 @@ def tiny_mixtral() -> Any:
     sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 20, "num_local_experts": 2}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = tr.MixtralConfig(**sizes, **layers, pad_token_id=0, initializer_range=0.2)
-    return _seeded(tr.MixtralForCausalLM, config)
+    return seeded(tr.MixtralForCausalLM, config)
 
 
 class AttentionForSequenceClassification(nn.Module):
@@ -120,7 +120,7 @@ class AttentionForSequenceClassification(nn.Module):
 
 
 def tiny_attention() -> Any:
-    return _seeded(AttentionForSequenceClassification)
+    return seeded(AttentionForSequenceClassification)
 
 
 def tiny_masked_lm() -> Any:
@@ -151,7 +151,7 @@ def quantized(**bits: Any) -> Any:
     return model
 
 
-def _seeded(build: Callable[..., Any], *args: Any) -> Any:
+def seeded(build: Callable[..., Any], *args: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build(*args)
@@ -491,7 +491,7 @@ def build(method: Method) -> Any:
     Every trainable entry is moved a little from its start, where some have a gradient of 0 (LoRA's
     A) or are 0 themselves.
     """
-    return _seeded(_build, method)
+    return seeded(_build, method)
 
 
 def _build(method: Method) -> Any:
@@ -536,7 +536,7 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
     found = dict.fromkeys(STEPS, YES)
 
     try:
-        with _log() as messages:
+        with logged() as messages:
             scores = calculate_fisher_information(model, batches, progress=False)
     except ValueError as refusal:
         return dict.fromkeys(STEPS, REFUSED) | {"scores": f"{REFUSED}: {refusal}"}
@@ -544,7 +544,7 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
         found["scores"] = ONE_BY_ONE
     elif any("goes row by row" in message for message in messages):
         found["scores"] = ROW_BY_ROW
-    assert_scores_close(scores, naive_scores(model, examples, loss=_own_loss), rtol=RTOL)
+    assert_scores_close(scores, naive_scores(model, examples, loss=own_loss), rtol=RTOL)
 
     k = round(DENSITY * sum(score.numel() for score in scores.values()))
     mask = create_mask_from_fisher(scores, num_trainable=k, scope="per_tensor")
@@ -610,7 +610,7 @@ def _gives(outputs: Tensor, of_peft: Callable[[], Any], batch: dict[str, Tensor]
         return False
 
 
-def _own_loss(model: Any, example: Mapping[str, Tensor]) -> Tensor:
+def own_loss(model: Any, example: Mapping[str, Tensor]) -> Tensor:
     loss: Tensor = model(**pad([dict(example)])).loss
     return loss
 
@@ -689,7 +689,7 @@ def output(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _log() -> Iterator[list[str]]:
+def logged() -> Iterator[list[str]]:
     """The messages of the library's loggers while inside."""
     messages: list[str] = []
     handler = logging.Handler()

@@ -8,6 +8,9 @@ import transformers as tr
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+OLD_TRANSFORMERS = int(tr.__version__.partition(".")[0]) < 5
+"""Whether this is the environment of the adapters library (`make test-adapters`)."""
+
 PAD = 0
 VOCABULARY = 40
 IGNORED = -100

@@ -30,7 +30,13 @@ from .models import (
 )
 
 BUILDS = [tiny_bert, tiny_roberta, tiny_llama, tiny_gpt2, tiny_t5, tiny_bart, tiny_vit]
-NO_DROPOUT = ("attention_dropout", "activation_dropout", "classifier_dropout", "dropout")
+NO_DROPOUT = (
+    "attention_dropout",
+    "activation_dropout",
+    "classifier_dropout",
+    "dropout",
+    "dropout_prob",  # of BERT before transformers 5
+)
 
 
 class Regressor(nn.Module):

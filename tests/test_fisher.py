@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification
 
 from fish_tuning import calculate_fisher_information, score_with_perturbed_b
 from tests.models import (
+    OLD_TRANSFORMERS,
     assert_scores_close,
     batches_of,
     examples_for,
@@ -368,6 +369,8 @@ def assert_near(scores, expected, tolerance):
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_model(name, size, caplog):
     """Guards float32 scores of bfloat16 parameters; the model's own rounding stays."""
+    if OLD_TRANSFORMERS and name == "t5":
+        pytest.skip("T5 rounds more before transformers 5")
     model = adapted(MODELS[name]).bfloat16()
     examples = examples_for(model, 8)
     scores = scored(model, batches_of(examples, size))

@@ -18,6 +18,7 @@ from transformers.optimization import Adafactor
 from fish_tuning import FishMask, apply_mask, get_mask, remove_mask, storage
 from fish_tuning.holder import _live
 from fish_tuning.sparse import masked_parameters
+from fish_tuning.storage import RESTING
 
 from .models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
 
@@ -757,8 +758,14 @@ def test_casting_a_masked_model(dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_load_state_dict(assign):
+def load_by_module(model, state):
+    """As the adapters library loads: no hook runs afterwards."""
+    for path, module in model.named_modules():
+        module._load_from_state_dict(state, f"{path}." if path else "", {}, True, [], [], [])
+
+
+@pytest.mark.parametrize("how", ["copied", "assigned", "by-module"])
+def test_load_state_dict(how):
     """Guards against values that overwrite what was loaded, at the next forward."""
     model, mask = masked_net()
     source = Net()
@@ -766,7 +773,10 @@ def test_load_state_dict(assign):
         for p in source.parameters():
             p.add_(torch.rand_like(p))
     state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
-    model.load_state_dict(state, strict=True, assign=assign)
+    if how == "by-module":
+        load_by_module(model, state)
+    else:
+        model.load_state_dict(state, strict=True, assign=how == "assigned")
     with torch.no_grad():
         assert torch.equal(model(inputs()), source(inputs()))
     for name in mask:
@@ -874,6 +884,8 @@ def test_remove_mask_gives_the_model_back(tmp_path):
     assert not model._forward_pre_hooks and not model._forward_hooks
     assert not model._state_dict_hooks and not model._state_dict_pre_hooks
     assert not any(m._load_state_dict_post_hooks for m in model.modules())
+    assert not any(m._load_state_dict_pre_hooks for m in model.modules())
+    assert not any(RESTING in vars(m) for m in model.modules())
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "fish_mask.json").exists()
     train(model, 2)

@@ -25,6 +25,7 @@ from fish_tuning import (
 )
 
 from .models import (
+    OLD_TRANSFORMERS,
     examples_for,
     tiny_bert,
     tiny_gpt2,
@@ -205,6 +206,8 @@ def test_weight_decay_is_trainers_own(build, tmp_path):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 def test_gradient_checkpointing_trains_the_same(reentrant, tmp_path):
     """Guards against Trainer's own way of checkpointing, which readies the model for it."""
+    if OLD_TRANSFORMERS and reentrant:
+        pytest.skip("the Trainer readies models for it from transformers 5 on")
     results = []
     for checkpointed in (False, True):
         model = with_lora(tiny_llama(), init_lora_weights=False, lora_dropout=0.0)

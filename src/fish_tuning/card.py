@@ -46,13 +46,24 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bo
     tags = data.tags or []
     data.tags = tags if TAG in tags else [*tags, TAG]
     rest = _SECTION.sub("\n", card.text).rstrip()
-    is_adapter = is_adapter or (path.parent / "adapter_config.json").is_file()
-    section = _section(mask, is_adapter)
+    section = _section(mask, *_loading(path.parent, is_adapter))
     card.text = f"{rest}\n\n{_BEGIN}\n{section}\n{_END}\n"
     write_atomically(path, str(card).encode())
 
 
-def _section(mask: FishMask, is_adapter: bool) -> str:
+def _loading(folder: Path, is_adapter: bool) -> tuple[list[str], list[str]]:
+    """Python that loads what the folder holds as `model`, from `source`: imports, and the rest."""
+    config = folder / "adapter_config.json"
+    if not (is_adapter or config.is_file()):
+        return [], ["# model: loaded from source, as usual"]
+    if is_adapter or "peft_type" in json.loads(config.read_text(encoding="utf-8")):
+        load = "model = PeftModel.from_pretrained(base_model, source, is_trainable=True)"
+        return ["from peft import PeftModel"], [load]
+    load = "model.train_adapter(model.load_adapter(source))"
+    return ["import adapters"], ["# model: the base model", "adapters.init(model)", load]
+
+
+def _section(mask: FishMask, imports: list[str], loading: list[str]) -> str:
     whole = sum(bool(bits.all()) for bits in mask.values())
     lines = [
         "## FISH-Tuning",
@@ -73,12 +84,10 @@ def _section(mask: FishMask, is_adapter: bool) -> str:
         "with it, where `source` is this folder or repository:",
         "",
         "```python",
-        *(["from peft import PeftModel"] if is_adapter else []),
+        *imports,
         "from fish_tuning import FishMask, apply_mask",
         "",
-        "model = PeftModel.from_pretrained(base_model, source, is_trainable=True)"
-        if is_adapter
-        else "# model: loaded from source, as usual",
+        *loading,
         "apply_mask(model, FishMask.from_pretrained(source))",
         "```",
     ]

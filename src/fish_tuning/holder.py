@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fish_tuning.distributed import after_deepspeed_steps, assign
 from fish_tuning.idle_layers import leave_out_idle_layers
 from fish_tuning.mask import FishMask
-from fish_tuning.storage import Group, MaskedTensor, grouped, take_out
+from fish_tuning.storage import RESTING, Group, MaskedTensor, grouped, take_out
 
 HOLDER = "fish"
 """The name under which a masked model holds its trainable values."""
@@ -60,6 +60,7 @@ class Holder(nn.Module):
         ]
         self.handles += leave_out_idle_layers(model, mask)
         for module in {module: None for tensor in self._tensors() for module, _ in tensor.owners}:
+            self.handles.append(module.register_load_state_dict_pre_hook(self._before_load))
             self.handles.append(module.register_load_state_dict_post_hook(self._after_load))
         # DistributedDataParallel would broadcast them before each forward pass.
         self.ignored_before = getattr(model, _DDP_IGNORES, [])
@@ -98,6 +99,7 @@ class Holder(nn.Module):
             parameter = nn.Parameter(tensor.resting.detach().clone(), tensor.required_grad)
             for module, attribute in tensor.owners:
                 del module._buffers[attribute]
+                vars(module).pop(RESTING, None)
                 module._parameters[attribute] = parameter
         for module, order in self.orders.items():
             unsorted = dict(module._parameters)
@@ -119,11 +121,10 @@ class Holder(nn.Module):
         self.stale, self.armed = False, False
         for group in self.groups:
             for tensor in group.tensors:
-                tensor.resting = group.view(tensor).detach().requires_grad_()
+                tensor.rest(group.view(tensor).detach().requires_grad_())
                 tensor.resting.register_post_accumulate_grad_hook(
                     _direct_gradient_hook(self, group, tensor)
                 )
-                tensor.install(tensor.resting)
         _live.add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -227,21 +228,34 @@ class Holder(nn.Module):
                 if prefix + key in state:
                     state[prefix + key] = copy
 
-    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+    def _owned_by(self, module: nn.Module) -> Iterator[tuple[Group, MaskedTensor, str]]:
         for group in self.groups:
             for tensor in group.tensors:
                 for owner, attribute in tensor.owners:
                     if owner is module:
-                        self._read(group, tensor, owner._buffers[attribute])
+                        yield group, tensor, attribute
 
     @torch.no_grad()
-    def _read(self, group: Group, tensor: MaskedTensor, loaded: Tensor | None) -> None:
-        if loaded is not None and loaded is not tensor.resting:
-            # load_state_dict(assign=True) puts another tensor in its place.
-            tensor.resting.copy_(loaded)
-            tensor.install(tensor.resting)
-        selected = group.storage[group.index[tensor.selected]]
-        assign(group.values, tensor.selected, selected)
+    def _before_load(
+        self, module: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # The adapters library loads module by module, which ends without the hooks after loading.
+        for group, tensor, attribute in self._owned_by(module):
+            loaded = state.get(prefix + attribute)
+            if loaded is not None and loaded.shape == tensor.resting.shape:
+                here = group.index[tensor.selected] - tensor.entries.start
+                assign(group.values, tensor.selected, loaded.to(group.storage).reshape(-1)[here])
+
+    @torch.no_grad()
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        for group, tensor, attribute in self._owned_by(module):
+            loaded = module._buffers[attribute]
+            if loaded is not None and loaded is not tensor.resting:
+                # load_state_dict(assign=True) puts another tensor in its place.
+                tensor.resting.copy_(loaded)
+                tensor.install(tensor.resting)
+            selected = group.storage[group.index[tensor.selected]]
+            assign(group.values, tensor.selected, selected)
 
 
 def _direct_gradient_hook(

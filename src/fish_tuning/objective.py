@@ -229,9 +229,9 @@ def _field(outputs: Any, name: str) -> Any:
     """A field of a model's output; an output that is a tensor is the logits."""
     if isinstance(outputs, Tensor):
         return outputs if name == "logits" else None
-    if isinstance(outputs, Mapping):
-        return outputs.get(name)
-    return getattr(outputs, name, None)
+    # A field set afterwards is an attribute and no item before transformers 5.
+    value = getattr(outputs, name, None)
+    return outputs.get(name) if value is None and isinstance(outputs, Mapping) else value
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

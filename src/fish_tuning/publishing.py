@@ -14,26 +14,22 @@ from transformers import PreTrainedModel
 from fish_tuning.card import write_card
 from fish_tuning.holder import holder_of
 
-_UPLOAD = "_upload_modified_files"
-"""What every push_to_hub of transformers and PEFT calls with the folder that it has written."""
-
 _CARD = "create_model_card"
 """What every Trainer writes its card with, over the one that the model has saved."""
 
 
 def accompany(model: nn.Module) -> None:
     """Lets what a masked model and its Trainers save and push have the mask with it."""
-    if hasattr(model, "save_pretrained"):
-        # A partial, unlike a bound method of another class's making, can be pickled.
-        vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
-    if hasattr(model, _UPLOAD):
-        vars(model)[_UPLOAD] = functools.partial(_upload_modified_files, model)
+    for name, with_mask in _SAVING.items():
+        if hasattr(model, name):
+            # A partial, unlike a bound method of another class's making, can be pickled.
+            vars(model)[name] = functools.partial(with_mask, model)
     describe_in_trainers_cards()
 
 
 def leave_alone(model: nn.Module) -> None:
     """Takes back what `accompany` has set on the model."""
-    for name in ("save_pretrained", _UPLOAD):
+    for name in _SAVING:
         vars(model).pop(name, None)
 
 
@@ -92,3 +88,19 @@ def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: An
     """The model's own upload, of a folder whose card push_to_hub has just replaced."""
     write_mask(self, working_dir)
     return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
+
+
+def _save_adapter(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    """save_adapter of the adapters library, which its save_all_adapters calls for each folder."""
+    result = type(self).save_adapter(self, save_directory, *args, **kwargs)
+    write_mask(self, save_directory)
+    return result
+
+
+_SAVING = {
+    "save_pretrained": _save_pretrained,
+    # What every push_to_hub of transformers and PEFT calls with the folder that it has written.
+    "_upload_modified_files": _upload_modified_files,
+    "save_adapter": _save_adapter,
+}
+"""Methods of models that write a folder, each with the one that writes the mask there too."""

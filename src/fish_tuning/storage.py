@@ -22,6 +22,8 @@ GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
 so that a larger group would keep many dense gradients alive at once."""
 
+RESTING = "fish_resting"
+
 # The tensors that transformers' Trainer excludes from weight decay, by its own patterns; a group
 # of such tensors has "bias" in its name and so is excluded too.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -48,13 +50,20 @@ class MaskedTensor:
         for module, attribute in self.owners:
             module._buffers[attribute] = tensor
 
+    def rest(self, tensor: Tensor) -> None:
+        """Makes this what the owners hold outside of a forward pass with gradients."""
+        self.resting = tensor
+        self.install(tensor)
+        for module, _ in self.owners:
+            # transformers finds the device of a module without parameters by such an attribute.
+            vars(module)[RESTING] = tensor
+
     def settle(self) -> None:
         """Without a storage of its own, it may have been moved, cast or loaded by itself."""
         module, attribute = self.owners[0]
         held = module._buffers[attribute]
         assert held is not None
-        self.resting = held
-        self.install(held)
+        self.rest(held)
 
 
 class _WriteValues(torch.autograd.Function):
@@ -159,6 +168,8 @@ def take_out(
             tensor.keys += [f"{path}.{attribute}" if path else attribute for path in prefixes]
             del module._parameters[attribute]
             module.register_buffer(attribute, tensor.resting)
+    for tensor in taken.values():
+        tensor.rest(tensor.resting)
     return orders, list(taken.values())
 
 
