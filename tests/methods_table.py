@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -653,7 +653,7 @@ def assert_trained(
     reference: nn.Module,
     mask: Mapping[str, Tensor],
     start: dict[str, Tensor],
-    rounded: set[str],
+    rounded: Collection[str] = (),
 ) -> None:
     """Selected entries are those of the dense reference, all others have the bits they had."""
     now, expected = state_of(model), state_of(reference)
