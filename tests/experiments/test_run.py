@@ -153,7 +153,7 @@ def test_a_variant_is_the_arm_of_its_rule(files, tmp_path):
     """Guards variants: each is what an experiment with that rule alone would give."""
     rules = {
         "warm": {"scoring_point": "warmup", "warmup_steps": 3, "scope": "global"},
-        "true": {"estimator": "true", "num_samples": 7},
+        "true": {"estimator": "true", "num_samples": 7, "scope": "balanced"},
     }
     variants = [{"name": name, "rule": rule} for name, rule in rules.items()]
     variants += [{"name": "any", "criterion": "random", "rule": {"scope": "global"}}]
