@@ -237,8 +237,8 @@ $ pip install 'fish-tuning[adapters]'
 ```
 
 adapters 1.3 needs transformers 4.57, on which the library runs too: `make test-adapters` tests it
-there. The extras `experiments` and `quickstart`, and so `fish-tuning run`, need transformers 5: they
-and `adapters` exclude each other, and pip says so.
+there. The extras `experiments` and `quickstart`, and so `fish-tuning run`, need transformers 5:
+they and `adapters` exclude each other, and pip says so.
 
 ```python
 import adapters
