@@ -287,4 +287,9 @@ def test_trainer(stage, tmp_path):
         assert_identical([two, saved])
         assert at is not None and at.endswith("checkpoint-4")  # The losses rise.
         kept = load_file(tmp_path / "two" / "checkpoint-4" / "adapter_model.safetensors")
-        assert_identical([kept, {name.replace(".default", ""): t for name, t in best.items()}])
+        in_file = {
+            name.replace(".default.", ".").replace(".modules_to_save.", "."): tensor
+            for name, tensor in best.items()
+        }
+        assert_identical([kept, {name: in_file.pop(name) for name in kept}])
+        assert not in_file
