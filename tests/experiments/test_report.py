@@ -225,6 +225,18 @@ def test_several_sweeps_have_a_section_each(tmp_path):
     assert paths[1].read_text(encoding="utf-8").count("## twin\n") == 2
 
 
+def test_overview_shows_the_metric_beside_other_columns(tmp_path):
+    """Guards the overview's cells: the metric, also where a search adds a column before it."""
+    runs = [
+        make_run("LoRA-FISH", seed, metrics={"accuracy": 0.625}, learning_rate=0.0075)
+        for seed in (1, 2)
+    ]
+    sweep = Results(name="searched", config={}, runs=runs)
+    page = html_report([sweep, sweep])
+    overview = page[: page.index('id="sweep-1"')]
+    assert "<td>0.6250 ± 0.0000</td>" in overview and "0.0075" not in overview
+
+
 def test_arms_over_several_sweeps():
     """Guards the pooled table: arms that all sweeps have, by the mean of their means."""
     arms = ("Original LoRA", "LoRA-FISH")

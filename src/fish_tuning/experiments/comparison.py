@@ -42,6 +42,12 @@ class Comparison:
     groups: tuple[Group, ...]
     metric: str | None
 
+    @property
+    def metric_cells(self) -> dict[str, str]:
+        """The column of the main metric, by the first cell of each row."""
+        column = self.headers.index(_metric_header(self.metric))
+        return {row[0]: row[column] for row in self.rows}
+
 
 @dataclass(frozen=True)
 class _Published:
@@ -162,7 +168,7 @@ def compare(results: Results) -> Comparison:
         "Peak Memory (MiB)",
         "Final Trainable Params",
         *(["Learning Rate"] if searched else []),
-        f"Val {metric_title(metric)}",
+        _metric_header(metric),
         "Seeds",
         f"Difference to {ORIGINAL_LORA}",
         *(["Published"] if published else []),
@@ -194,6 +200,10 @@ def metric_title(metric: str | None) -> str:
         return "Metric"
     short = {"f1": "F1", "f1_macro": "Macro F1", "mse": "MSE", "spearmanr": "Spearman"}
     return short.get(metric, metric.replace("_", " ").title())
+
+
+def _metric_header(metric: str | None) -> str:
+    return f"Val {metric_title(metric)}"
 
 
 def format_spread(values: Spread | None, form: str) -> str:

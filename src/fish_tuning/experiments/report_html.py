@@ -121,7 +121,7 @@ def _overview(sweeps: Sequence[Results], comparisons: Sequence[Comparison]) -> s
     arms = list(dict.fromkeys(row[0] for comparison in comparisons for row in comparison.rows))
     lines = []
     for number, (sweep, comparison) in enumerate(zip(sweeps, comparisons, strict=True), start=1):
-        values = {row[0]: row[4] for row in comparison.rows}
+        values = comparison.metric_cells
         cells = [metric_title(comparison.metric), *(values.get(arm, MISSING) for arm in arms)]
         lines.append(
             f'<tr><td><a href="#sweep-{number}">{escape(sweep.name)}</a></td>{_cells(cells)}</tr>'
