@@ -145,6 +145,19 @@ def test_what_cannot_be_aligned_is_refused(changes):
         align_with_fisher(model, batches_of(examples_for(model, 4), 4), progress=False)
 
 
+@pytest.mark.parametrize(
+    "option", [{"estimator": "exact"}, {"token_reduction": "max"}, {"num_samples": 0}]
+)
+def test_options_are_those_of_scoring(option):
+    """Guards against an option that is misspelt and then means something else."""
+    model = with_lora(tiny_bert())
+    before = rows_of(model)
+    (name, value), *_ = option.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: "):
+        align_with_fisher(model, batches_of(examples_for(model, 4), 4), **option)
+    assert all(torch.equal(rows, before[n]) for n, rows in rows_of(model).items())
+
+
 def test_std_has_to_be_positive():
     """Guards against a perturbation that hides A again."""
     model = with_lora(tiny_gpt2())

@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel
 
-from fish_tuning import apply_mask, get_mask, score_with_perturbed_b
+from fish_tuning import align_with_fisher, apply_mask, get_mask, score_with_perturbed_b
 
 from .models import batches_of, examples_for, tiny_bert, with_lora
 from .test_distributed import (
@@ -82,7 +82,12 @@ def test_offloaded_adapters_are_refused(tmp_path):
     )
     for model, count in ((some, 12), (every, len(mask))):
         before = dict(model.named_parameters())
-        for error in (error_of(scored, model, []), error_of(apply_mask, model, mask)):
+        for error in (
+            error_of(scored, model, []),
+            error_of(score_with_perturbed_b, model, []),
+            error_of(align_with_fisher, model, []),
+            error_of(apply_mask, model, mask),
+        ):
             assert error is not None and error[0] == "ValueError"
             assert error[1].startswith(f"{count} trainable tensors are offloaded (on the meta")
             assert "layer.0.attention.self.query.lora_A" in error[1]

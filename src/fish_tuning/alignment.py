@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.batches import Batch
-from fish_tuning.calibration import mean_over_examples
+from fish_tuning.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.distributed import unwrapped
 from fish_tuning.fisher import zero_sides_perturbed
 from fish_tuning.reduction import RowMoments
-from fish_tuning.selection import LORA_SIDE, opposite_side
+from fish_tuning.selection import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +57,16 @@ def align_with_fisher(
         RuntimeError: As there.
         torch.OutOfMemoryError: As there.
     """
-    if not std > 0:
-        raise ValueError(f"std={std}: above 0")
     model = unwrapped(model)
-    if device is not None:
-        model.to(device)
-    parameters = dict(model.named_parameters())
     with zero_sides_perturbed(model, std, seed) as zero_sides:
-        opposite = [opposite_side(name) for name in zero_sides]
+        opposite = {opposite_side(name) for name in zero_sides}
         pairs = {
-            name: parameters[name]
-            for name in opposite
-            if name in parameters and _is_a_of_linear(name, parameters[name])
+            name: parameter
+            for name, parameter in trainable_parameters(model).items()
+            if name in opposite
+            and side_of(name) == "A"
+            and "lora_embedding_" not in name
+            and parameter.dim() == 2
         }
         if not pairs:
             raise ValueError(
@@ -76,7 +74,7 @@ def align_with_fisher(
                 "align: align LoRA before it is trained, and not with a start of its own (PiSSA)"
             )
         moments = mean_over_examples(
-            model, pairs, calibration_dataloader, RowMoments(), seed=seed, **options
+            model, pairs, calibration_dataloader, RowMoments(), device, seed=seed, **options
         )
     for name, parameter in pairs.items():
         if not moments[name].any():
@@ -86,17 +84,6 @@ def align_with_fisher(
         with torch.no_grad():
             length = parameter.norm(dim=1).mean()
             parameter[: len(directions)] = length * directions.to(parameter.dtype)
-
-
-def _is_a_of_linear(name: str, parameter: nn.Parameter) -> bool:
-    match = LORA_SIDE.search(name)
-    return (
-        match is not None
-        and match[1] == "A"
-        and "embedding" not in match[0]
-        and parameter.requires_grad
-        and parameter.dim() == 2
-    )
 
 
 def _leading_eigenvectors(moments: Tensor, count: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.batches import Batch, Forward, batch_size, parts_by_length, take
-from fish_tuning.devices import device_of
+from fish_tuning.devices import check_in_memory, device_of
 from fish_tuning.distributed import Processes
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction, Objective
@@ -30,6 +31,7 @@ def mean_over_examples(
     parameters: Mapping[str, nn.Parameter],
     calibration_dataloader: Iterable[Batch],
     reduction: Reduction,
+    device: torch.device | str | None = None,
     *,
     estimator: Estimator = "empirical",
     num_samples: int | None = None,
@@ -48,6 +50,7 @@ def mean_over_examples(
         parameters: Those of its trainable parameters that are wanted, by name.
         calibration_dataloader: As in `calculate_fisher_information`, and so all that follows.
         reduction: What is kept of a gradient.
+        device: As there.
         estimator: As there.
         num_samples: As there.
         label_samples: As there.
@@ -64,6 +67,13 @@ def mean_over_examples(
         RuntimeError: As there.
         torch.OutOfMemoryError: As there.
     """
+    check_choice("estimator", estimator, get_args(Estimator))
+    check_choice("token_reduction", token_reduction, get_args(TokenReduction))
+    for name, number in (("num_samples", num_samples), ("label_samples", label_samples)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}: at least 1, or None")
+    if device is not None:
+        model.to(device)
     parameters = dict(parameters)
     objective = Objective(
         Forward(model),
@@ -114,6 +124,28 @@ def mean_over_examples(
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
     return {name: total.div_(count) for name, total in totals.items()}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that can be scored, by name.
+
+    Raises:
+        ValueError: There is none, or some are offloaded.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(
+            "the model has no trainable parameter: add an adapter, or set requires_grad on what "
+            "is to be scored"
+        )
+    check_in_memory(parameters)
+    return parameters
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless an argument has one of the values allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 @contextmanager

@@ -129,9 +129,6 @@ def get_fish_model(
     if calibration_dataloader is None and (by_data or config.start == "fisher"):
         what = f"criterion={config.criterion!r}" if by_data else f"start={config.start!r}"
         raise ValueError(f"{what} needs a calibration_dataloader; random and magnitude do not")
-    batches = calibration_dataloader
-    if isinstance(batches, Iterator) and config.start == "fisher":
-        batches = list(batches)  # They are needed twice.
     options: dict[str, Any] = {
         "estimator": config.estimator,
         "num_samples": config.num_samples,
@@ -139,11 +136,14 @@ def get_fish_model(
         "seed": config.seed,
         "progress": progress,
     }
+    batches = calibration_dataloader
     given = {}
-    if config.start == "fisher" and batches is not None:
-        given = {name: p.detach().clone() for name, p in trainable.items() if side_of(name) == "A"}
-        align_with_fisher(model, batches, **options)
     try:
+        if config.start == "fisher" and batches is not None:
+            if isinstance(batches, Iterator):
+                batches = list(batches)  # They are needed twice.
+            given = {n: p.detach().clone() for n, p in trainable.items() if side_of(n) == "A"}
+            align_with_fisher(model, batches, **options)
         return apply_mask(
             model, select(_scores(model, trainable, config, batches, options), config)
         )

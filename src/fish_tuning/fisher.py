@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.batches import Batch
-from fish_tuning.calibration import mean_over_examples
-from fish_tuning.devices import check_in_memory
+from fish_tuning.calibration import check_choice, mean_over_examples, trainable_parameters
 from fish_tuning.distributed import unwrapped
 from fish_tuning.likelihood import TokenReduction
 from fish_tuning.objective import Estimator, LossFunction
 from fish_tuning.reduction import Entrywise
-from fish_tuning.selection import LORA_SIDE, opposite_side
+from fish_tuning.selection import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,31 +91,13 @@ def calculate_fisher_information(
         torch.OutOfMemoryError: Memory does not suffice for one example alone.
     """
     model = unwrapped(model)
-    for name, value, allowed in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("statistic", statistic, get_args(Statistic)),
-        ("token_reduction", token_reduction, get_args(TokenReduction)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
-    for name, number in (("num_samples", num_samples), ("label_samples", label_samples)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number}: at least 1, or None")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError(
-            "the model has no trainable parameter: add an adapter, or set requires_grad on what "
-            "is to be scored"
-        )
-    check_in_memory(parameters)
-    if device is not None:
-        model.to(device)
-    reduction = Entrywise(2 if statistic == "squared" else 1)
+    check_choice("statistic", statistic, get_args(Statistic))
     scores = mean_over_examples(
         model,
-        parameters,
+        trainable_parameters(model),
         calibration_dataloader,
-        reduction,
+        Entrywise(2 if statistic == "squared" else 1),
+        device,
         estimator=estimator,
         num_samples=num_samples,
         label_samples=label_samples,
@@ -173,13 +154,10 @@ def score_with_perturbed_b(
         RuntimeError: As there.
         torch.OutOfMemoryError: As there.
     """
-    if not std > 0:
-        raise ValueError(f"std={std}: above 0")
-    model = unwrapped(model)
-    if device is not None:
-        model.to(device)
-    with zero_sides_perturbed(model, std, seed) as zero_sides:
-        scores = calculate_fisher_information(model, calibration_dataloader, seed=seed, **options)
+    with zero_sides_perturbed(unwrapped(model), std, seed) as zero_sides:
+        scores = calculate_fisher_information(
+            model, calibration_dataloader, device, seed=seed, **options
+        )
     power = 1 if options.get("statistic") == "absolute" else 2
     for name in zero_sides:
         if (opposite := opposite_side(name)) in scores:
@@ -198,11 +176,16 @@ def zero_sides_perturbed(model: nn.Module, std: float, seed: int) -> Iterator[li
 
     Yields:
         The names of those parameters.
+
+    Raises:
+        ValueError: `std` is not above 0, nothing is trainable, or something is offloaded.
     """
+    if not std > 0:
+        raise ValueError(f"std={std}: above 0")
     zero_sides = {
         name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and LORA_SIDE.search(name) and not parameter.any()
+        for name, parameter in trainable_parameters(model).items()
+        if side_of(name) and not parameter.any()
     }
     # On the CPU, so that a seed means the same numbers on every device.
     generator = torch.Generator().manual_seed(seed)

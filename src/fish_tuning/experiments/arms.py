@@ -277,11 +277,10 @@ def add_adapter(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refused(arm, config, model, error) from error
     if arm.name == LORA_FA and arm.peer is None:
-        from fish_tuning.selection import LORA_SIDE
+        from fish_tuning.selection import side_of
 
         for name, parameter in adapted.named_parameters():
-            match = LORA_SIDE.search(name)
-            if match is not None and match[1] == "A":
+            if side_of(name) == "A":
                 parameter.requires_grad_(False)
     for parameter in trainable_tensors(adapted).values():
         if parameter.dtype != torch.float32 and parameter.is_floating_point():
@@ -369,14 +368,12 @@ def _unusual_head(model: PreTrainedModel) -> list[str] | None:
 
 def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
     """The rank at which B alone holds as nearly as possible what LoRA's A and B hold."""
-    from fish_tuning.selection import LORA_SIDE
+    from fish_tuning.selection import side_of
 
-    sizes = {"A": 0, "B": 0}
+    sizes = {"A": 0, "B": 0, "": 0}
     adapted = _meta_peft_model(config, _baseline(config), model.config.num_labels or 2)
     for name, tensor in trainable_tensors(adapted).items():
-        match = LORA_SIDE.search(name)
-        if match is not None:
-            sizes[match[1]] += tensor.numel()
+        sizes[side_of(name)] += tensor.numel()
     return max(1, round(config.lora.baseline_rank * (sizes["A"] + sizes["B"]) / sizes["B"]))
 
 

@@ -24,10 +24,10 @@ from fish_tuning.experiments.schema import ExperimentConfig, SelectionRule
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.mask import FishMask
 from fish_tuning.selection import (
-    LORA_SIDE,
     create_mask_from_fisher,
     random_scores,
     reversed_scores,
+    side_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -209,9 +209,9 @@ def score_histograms(scores: Mapping[str, Tensor]) -> list[ScoreHistogram]:
     """Distribution of the scores of LoRA's A, of its B and of all else, over powers of ten."""
     kinds: dict[str, list[Tensor]] = {}
     for name, tensor in scores.items():
-        match = LORA_SIDE.search(name)
+        side = side_of(name)
         flat = tensor.detach().reshape(-1).to("cpu", torch.float64)
-        kinds.setdefault(f"lora_{match[1]}" if match else "other", []).append(flat)
+        kinds.setdefault(f"lora_{side}" if side else "other", []).append(flat)
     histograms = []
     for kind, parts in sorted(kinds.items()):
         flat = torch.cat(parts)
