@@ -7,8 +7,9 @@ there. Without `--take` the tables are made anew from what is there: the same ru
 import argparse
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -20,6 +21,7 @@ from fish_tuning.experiments.statistics import (
     Difference,
     Group,
     group_runs,
+    paired_difference,
     pooled_difference,
     spread,
 )
@@ -167,7 +169,7 @@ def pooled_table() -> Table:
             pair = [groups.get(label) for label in (arm, baseline)]
             one = None
             if pair[0] is not None and pair[1] is not None:
-                one = pooled_difference({"": values(pair[0])}, {"": values(pair[1])})
+                one = paired_difference(values(pair[0]), values(pair[1]))
             cells.append("" if one is None else f"{100 * one.mean:+.2f}")
         rows.append((arm, baseline, points(difference), *cells))
     return ("arm", "compared with", "difference, all tasks", *TASKS), rows
@@ -230,12 +232,6 @@ def candidates_table() -> Table:
         for name, found in best.items()
     ]
     return ("rule", "25%", "small", "mean"), rows
-
-
-def median(values: Iterable[float | None]) -> float:
-    """The middle one of those that are there."""
-    there = sorted(value for value in values if value is not None)
-    return there[len(there) // 2] if there else 0.0
 
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:

@@ -7,8 +7,6 @@ test-adapters` builds it. docs/adapters.md is written there by
 """
 
 import contextlib
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from .methods_table import (
     state_of,
     train,
     trainable,
+    write_page,
 )
 from .models import (
     assert_scores_close,
@@ -279,13 +278,5 @@ not save one setting of DiReFT.)
 """.replace("{none}", NONE)
 
 
-def main() -> None:
-    rows = {}
-    for method in METHODS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows[method.name] = outcomes(method, Path(folder))
-    sys.stdout.write(page(rows))
-
-
 if __name__ == "__main__":
-    main()
+    write_page(METHODS, outcomes, page)

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -751,13 +751,25 @@ without: LoftQ's start, quantized layers and Megatron's.
 """
 
 
-def main() -> None:
+def rows_of(text: str) -> dict[str, dict[str, str]]:
+    """The table of a page: cells by step, by method."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return {
+        name: dict(zip(STEPS, steps, strict=True)) for name, *steps in cells if name != "method"
+    }
+
+
+def write_page(
+    methods: Sequence[Any], outcomes: Callable[..., Any], page: Callable[..., str]
+) -> None:
+    """Tries every method and prints the page that says what came of it."""
     rows = {}
-    for method in METHODS:
+    for method in methods:
         with tempfile.TemporaryDirectory() as folder:
             rows[method.name] = outcomes(method, Path(folder))
     sys.stdout.write(page(rows))
 
 
 if __name__ == "__main__":
-    main()
+    write_page(METHODS, outcomes, page)

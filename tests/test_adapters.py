@@ -25,7 +25,7 @@ from adapters import AdapterTrainer  # noqa: E402
 from adapters.configuration.adapter_config import ADAPTER_CONFIG_MAP  # noqa: E402
 
 from .adapters_table import METHODS, NAME, build, outcomes, page  # noqa: E402
-from .methods_table import STEPS, assert_trained, output, state_of, trainable  # noqa: E402
+from .methods_table import assert_trained, output, rows_of, state_of, trainable  # noqa: E402
 from .models import (  # noqa: E402
     assert_scores_close,
     batches_of,
@@ -36,15 +36,7 @@ from .models import (  # noqa: E402
 )
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
-ROWS = {
-    name: dict(zip(STEPS, cells, strict=True))
-    for name, *cells in (
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in PAGE.splitlines()
-        if line.startswith("| ")
-    )
-    if name != "method"
-}
+ROWS = rows_of(PAGE)
 BY_NAME = {method.name: method for method in METHODS}
 PUBLISHED = ["Bottleneck (Pfeiffer), `seq_bn`", "LoRA", "DoRA", "UniPELT"]
 """The methods of arXiv 2504.04050."""

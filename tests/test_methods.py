@@ -8,19 +8,11 @@ import pytest
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from .methods_table import METHODS, STEPS, outcomes, page, scores_in_double
+from .methods_table import METHODS, outcomes, page, rows_of, scores_in_double
 from .models import assert_scores_close
 
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-ROWS = {
-    name: dict(zip(STEPS, cells, strict=True))
-    for name, *cells in (
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in PAGE.splitlines()
-        if line.startswith("| ")
-    )
-    if name != "method"
-}
+ROWS = rows_of(PAGE)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

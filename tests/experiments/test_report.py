@@ -247,12 +247,12 @@ def test_arms_over_several_sweeps():
         for seed in (1, 2)
     ]
     other = Results(name="other", config=one.config, runs=runs)
-    headers, rows = pooled_table([one, other])
+    headers, rows = pooled_table([compare(one), compare(other)])
     assert [row[0] for row in rows] == list(arms) and rows[0][2] == "baseline"
     means = [sum(run.metrics["accuracy"] for run in one.runs if run.arm == arm) / 2 for arm in arms]
     assert float(rows[0][1]) == pytest.approx((means[0] + 0.5) / 2, abs=1e-4)
     assert float(rows[1][2].split()[0]) == pytest.approx((means[1] - means[0] + 0.1) / 2, abs=1e-4)
-    assert pooled_table([one]) is None
+    assert pooled_table([compare(one)]) is None
     for text in (markdown_report([one, other]), html_report([one, other])):
         assert "Over all experiments" in text and headers[1] in text
     assert "Over all experiments" not in markdown_report([one])

@@ -117,17 +117,16 @@ def learning_rate_table(
 
 
 def pooled_table(
-    sweeps: Sequence[Results],
+    comparisons: Sequence[Comparison],
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]] | None:
     """Arms over several sweeps, each sweep counting the same: headers, and a row for each.
 
     Shown are the arms and budgets that every sweep has, by the mean of its main metric. None for
     one sweep, or where no arm is in all.
     """
-    comparisons = [compare(sweep) for sweep in sweeps]
     by_label = [{group.label: group for group in c.groups} for c in comparisons]
     shared = [label for label in by_label[0] if all(label in groups for groups in by_label)]
-    if len(sweeps) < 2 or not shared:
+    if len(comparisons) < 2 or not shared:
         return None
     rows = []
     for label in shared:

@@ -97,7 +97,7 @@ def markdown_report(sweeps: Iterable[Results]) -> str:
     sweeps = list(sweeps)
     comparisons = [compare(sweep) for sweep in sweeps]
     parts = ["# Results"]
-    pooled = pooled_table(sweeps)
+    pooled = pooled_table(comparisons)
     if pooled:
         parts += [f"{OVER_ALL}:", _table(*pooled)]
     for sweep, comparison in zip(sweeps, comparisons, strict=True):

@@ -104,11 +104,9 @@ def html_report(sweeps: Sequence[Results]) -> str:
     parts = []
     if len(sweeps) > 1:
         parts.append(_overview(sweeps, comparisons))
-        pooled = pooled_table(sweeps)
+        pooled = pooled_table(comparisons)
         if pooled:
-            headers, rows = pooled
-            lines = [f"<tr>{_cells(row)}</tr>" for row in rows]
-            parts += [f"<p>{OVER_ALL}:</p>", _table(headers, lines)]
+            parts += [f"<p>{OVER_ALL}:</p>", _table_of(*pooled)]
     for number, (sweep, comparison) in enumerate(zip(sweeps, comparisons, strict=True), start=1):
         parts.append(_section(sweep, comparison, number, heading=len(sweeps) > 1))
     notes = "".join(f"<li>{escape(note)}</li>" for note in shared_notes(comparisons))
@@ -136,15 +134,12 @@ def _section(sweep: Results, comparison: Comparison, number: int, heading: bool)
         parts.append(f"<h2>{escape(sweep.name)}</h2>")
     parts.append(f"<p>Model: {escape(model)}. Data: {escape(dataset)}.</p>")
     if comparison.rows:
-        lines = [f"<tr>{_cells(row)}</tr>" for row in comparison.rows]
-        parts.append(_table(comparison.headers, lines))
+        parts.append(_table_of(comparison.headers, comparison.rows))
     else:
         parts.append("<p>No run yet.</p>")
     tried = learning_rate_table(sweep)
     if tried:
-        headers, rows = tried
-        lines = [f"<tr>{_cells(row)}</tr>" for row in rows]
-        parts += [f"<h3>{LEARNING_RATES}</h3>", _table(headers, lines)]
+        parts += [f"<h3>{LEARNING_RATES}</h3>", _table_of(*tried)]
     failed = [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"]
     if failed:
         parts.append("<h3>Failed runs</h3>")
@@ -256,8 +251,8 @@ def _runs(runs: Sequence[Run], metric: str | None) -> str:
         ("Adapter file (bytes)", lambda run: _number(run.adapter_bytes, "{:,}")),
         ("Adapter", lambda run: run.adapter or MISSING),
     ]
-    lines = [f"<tr>{_cells([show(run) for _, show in columns])}</tr>" for run in runs]
-    table = _table([name for name, _ in columns], lines)
+    rows = [[show(run) for _, show in columns] for run in runs]
+    table = _table_of([name for name, _ in columns], rows)
     return f"<details><summary>All {len(runs)} runs</summary>{table}</details>"
 
 
@@ -281,6 +276,10 @@ def _environment(runs: Sequence[Run]) -> str:
 def _config(sweep: Results) -> str:
     text = json.dumps(sweep.config, indent=2, ensure_ascii=False, default=str)
     return f"<details><summary>Resolved config</summary><pre>{escape(text)}</pre></details>"
+
+
+def _table_of(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    return _table(headers, [f"<tr>{_cells(row)}</tr>" for row in rows])
 
 
 def _table(headers: Iterable[str], lines: Iterable[str]) -> str:

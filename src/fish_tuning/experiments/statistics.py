@@ -122,17 +122,7 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
     Returns:
         The difference, None where they share no seed.
     """
-    seeds = tuple(sorted(arm.keys() & baseline.keys()))
-    differences = [arm[seed] - baseline[seed] for seed in seeds]
-    center = spread(differences)
-    if center is None:
-        return None
-    if len(seeds) == 1:
-        return Difference(center.mean, None, seeds)
-    if center.std == 0:
-        return Difference(center.mean, (center.mean, center.mean), seeds)
-
-    return Difference(center.mean, _interval([differences]), seeds)
+    return pooled_difference({"": arm}, {"": baseline})
 
 
 def pooled_difference(
@@ -162,9 +152,13 @@ def pooled_difference(
         seeds.update(shared)
     if not differences:
         return None
-    mean = math.fsum(math.fsum(d) / len(d) for d in differences) / len(differences)
-    several = all(len(d) > 1 for d in differences)
-    return Difference(mean, _interval(differences) if several else None, tuple(sorted(seeds)))
+    spreads = [spread(values) for values in differences]
+    mean = math.fsum(s.mean for s in spreads if s) / len(spreads)
+    interval = None
+    if all(len(values) > 1 for values in differences):
+        constant = all(s.std == 0 for s in spreads if s)
+        interval = (mean, mean) if constant else _interval(differences)
+    return Difference(mean, interval, tuple(sorted(seeds)))
 
 
 def _interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]:
