@@ -8,11 +8,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.schema import (
     ORIGINAL_LORA,
+    Criterion,
     ExperimentConfig,
     PeerConfig,
     VariantConfig,
@@ -32,7 +33,6 @@ LORA_FA = "LoRA-FA"
 ArmKey = tuple[str, float | None]
 """Name and ratio of an arm."""
 
-Criterion = Literal["fisher", "random", "reversed"]
 CRITERIA: dict[str, Criterion] = {
     "LoRA-FISH": "fisher",
     "LoRA-FISH-rand": "random",

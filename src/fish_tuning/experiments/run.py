@@ -105,7 +105,9 @@ def run_experiment(config: ExperimentConfig, *, name: str, ray_cpus: int | None 
         held_out = task.holding_out(search.held_out) if search else task
         for _ in _unfinished(searched(config), held_out, folder, progress, engine):
             processes.in_main(write)
-        rates = _learning_rates(task, folder)
+        rates = processes.in_main(
+            lambda: _learning_rates(task, _recorded(searched(config), folder))
+        )
         for _ in _unfinished(planned(config, rates), task, folder, progress, engine):
             processes.in_main(write)
         return processes.in_main(write)
@@ -273,17 +275,13 @@ def _check_processes(config: ExperimentConfig, folder: Path) -> None:
                 )
 
 
-def _learning_rates(task: training.Task, folder: Path) -> dict[ArmKey, float] | None:
-    """What the search has chosen so far; None without a search."""
+def _learning_rates(task: training.Task, search: Iterable[Run]) -> dict[ArmKey, float] | None:
+    """What the runs of a search have chosen so far; None without a search."""
     if task.config.learning_rate_search is None:
         return None
-    args = training.training_arguments(task.config, folder, task.config.seeds[0], task.data.metrics)
-    metric = str(args.metric_for_best_model).removeprefix("eval_")
-    return chosen_learning_rates(
-        _recorded(searched(task.config), folder),
-        LOSS if metric == "loss" else metric,
-        bool(args.greater_is_better),
-    )
+    chosen, greater_is_better = training.best_by(task.config, task.data.metrics)
+    metric = chosen.removeprefix("eval_")
+    return chosen_learning_rates(search, LOSS if metric == "loss" else metric, greater_is_better)
 
 
 def _recorded(arms: Iterable[Arm], folder: Path) -> list[Run]:
@@ -296,11 +294,12 @@ def _recorded(arms: Iterable[Arm], folder: Path) -> list[Run]:
 
 def _write_results(task: training.Task, name: str, folder: Path) -> Results:
     config = task.config
+    search = _recorded(searched(config), folder)
     results = Results(
         name=name,
         config=config.model_dump(mode="json"),
-        runs=_recorded(planned(config, _learning_rates(task, folder)), folder),
-        search=_recorded(searched(config), folder),
+        runs=_recorded(planned(config, _learning_rates(task, search)), folder),
+        search=search,
     )
     write_json(folder / RESULTS_FILE, results)
     return results

@@ -38,6 +38,9 @@ ORIGINAL_LORA = "Original LoRA"
 Method = Literal[
     "Original LoRA", "LoRA-FISH", "LoRA-FISH-rand", "LoRA-FISH-rev", "LoRA (FISH rank)", "LoRA-FA"
 ]
+Criterion = Literal["fisher", "random", "reversed"]
+"""What a masked arm selects by."""
+
 DEFAULT_METHODS: list[Method] = [
     "Original LoRA",
     "LoRA-FISH",
@@ -354,7 +357,7 @@ class VariantConfig(_Section):
     """A further masked arm that selects by another rule."""
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
-    criterion: Literal["fisher", "random", "reversed"] = Field(
+    criterion: Criterion = Field(
         default="fisher", description="What the rule ranks by, as in LoRA-FISH, -rand and -rev."
     )
     rule: Annotated[dict[str, Any], Field(min_length=1)] = Field(

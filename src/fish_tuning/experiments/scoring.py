@@ -89,10 +89,10 @@ def prepare_start(
         The seconds that it took.
     """
     began = time.perf_counter()
-    rule = config.fish_tuning.rule_of(arm.variant)
+    rule, seed = config.fish_tuning.rule_of(arm.variant), _seed(arm, config)
     if rule.start == "fisher":
-        loader = _calibration_set(arm, config, train, collate)
-        align_with_fisher(model, loader, **_options(rule, _seed(arm, config)))
+        loader = _calibration_set(rule, seed, config, train, collate)
+        align_with_fisher(model, loader, **_options(rule, seed))
     return time.perf_counter() - began
 
 
@@ -122,7 +122,7 @@ def select(
     if arm.criterion == "random":
         scores, histograms = random_scores(trainable_tensors(model), seed), []
     else:
-        loader = _calibration_set(arm, config, train, collate)
+        loader = _calibration_set(rule, seed, config, train, collate)
         scores = _fisher(model, rule, loader, _options(rule, seed), warmup)
         histograms = score_histograms(scores)
         if arm.criterion == "reversed":
@@ -156,10 +156,13 @@ def _options(rule: SelectionRule, seed: int) -> dict[str, Any]:
 
 
 def _calibration_set(
-    arm: Arm, config: ExperimentConfig, train: Any, collate: Callable[[Any], Any]
+    rule: SelectionRule,
+    seed: int,
+    config: ExperimentConfig,
+    train: Any,
+    collate: Callable[[Any], Any],
 ) -> DataLoader[Any]:
-    rule = config.fish_tuning.rule_of(arm.variant)
-    rows = np.random.default_rng(_seed(arm, config)).permutation(len(train))[: rule.num_samples]
+    rows = np.random.default_rng(seed).permutation(len(train))[: rule.num_samples]
     return DataLoader(
         train.select(rows),
         batch_size=config.training_args.get("per_device_train_batch_size", 8),

@@ -112,15 +112,7 @@ def training_arguments(
     ):
         # transformers' 500 is more than many fine-tunings have; it is eval_steps' default too.
         args["logging_steps"] = 10
-    chosen = args.setdefault("metric_for_best_model", main_metric(metrics))
-    name = str(chosen).removeprefix("eval_")
-    if name not in (*metrics, "loss"):
-        raise ConfigError(
-            f"base_training.args.metric_for_best_model: {chosen!r} is not computed; use one of "
-            f"{', '.join((*metrics, 'loss'))}"
-        )
-    if args.get("greater_is_better") is None:
-        args["greater_is_better"] = name != "loss" and greater_is_better(name)
+    args["metric_for_best_model"], args["greater_is_better"] = best_by(config, metrics)
     args.setdefault("report_to", "none")
     args.setdefault("save_total_limit", 2)
     args.setdefault("log_level_replica", "error")
@@ -147,6 +139,30 @@ def training_arguments(
             f"base_training.args, training.args_override: transformers refuses them: {reason}; "
             "correct the argument"
         ) from error
+
+
+def best_by(config: ExperimentConfig, metrics: Sequence[str]) -> tuple[str, bool]:
+    """What models are compared by: `metric_for_best_model`, and whether greater is better.
+
+    Args:
+        config: The experiment.
+        metrics: What is computed at evaluations, the main metric first.
+
+    Raises:
+        ConfigError: That metric is not computed.
+    """
+    args = config.training_args
+    chosen = args.get("metric_for_best_model", main_metric(metrics))
+    name = str(chosen).removeprefix("eval_")
+    if name not in (*metrics, "loss"):
+        raise ConfigError(
+            f"base_training.args.metric_for_best_model: {chosen!r} is not computed; use one of "
+            f"{', '.join((*metrics, 'loss'))}"
+        )
+    greater = args.get("greater_is_better")
+    if greater is None:
+        greater = name != "loss" and greater_is_better(name)
+    return chosen, greater
 
 
 def _arguments(arm: Arm, task: Task, folder: Path, **changes: Any) -> TrainingArguments:
