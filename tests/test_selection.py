@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning import selection
+from fish_tuning import ranking, selection
 from fish_tuning.mask import FishMask
 from fish_tuning.selection import (
     create_mask_from_fisher,
@@ -96,12 +96,12 @@ def pools(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(pools(), st.sampled_from([3, selection.CPU_CHUNK]))
+@given(pools(), st.sampled_from([3, ranking.CPU_CHUNK]))
 def test_every_k_matches_a_stable_sort(pool, chunk):
     """Guards the exact count, the ranking and the tie rule, for every k, also across chunks."""
     n = sum(scores.numel() for scores in pool.values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "CPU_CHUNK", chunk)
+        patch.setattr(ranking, "CPU_CHUNK", chunk)
         patch.setattr(selection.logger, "disabled", True)
         for k in range(1, n + 1):
             mask = create_mask_from_fisher(pool, num_trainable=k)
@@ -149,7 +149,7 @@ def test_float64_is_ranked_exactly():
 
 def test_a_pool_larger_than_a_chunk(monkeypatch):
     """Guards what only appears at scale: bits past the first pass, and ties over chunk borders."""
-    monkeypatch.setattr(selection, "CPU_CHUNK", 2**16)
+    monkeypatch.setattr(ranking, "CPU_CHUNK", 2**16)
     generator = torch.Generator().manual_seed(0)
     scores = {n: torch.rand(2**17 + 7, generator=generator) ** 8 for n in ("a", "b")}
     scores["b"][::2] = scores["a"][:2000].median()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.mask import FishMask
+from fish_tuning.ranking import Tie, highest
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +32,6 @@ Scope = Literal["global", "per_tensor", "balanced", "rank", "features"]
   the columns of A and the rows of B: the best features first, by the sum of their scores over the
   ranks, and the ranks take turns. See `_select_features`.
 """
-
-# Entries ranked at a time. The temporaries of a processor's chunk fit in its caches; an accelerator
-# would spend its time on launching kernels for so few, and its temporaries take some 100 MB.
-CPU_CHUNK = 2**18
-ACCELERATOR_CHUNK = 2**22
-
-# Bits settled per pass. 16 would halve the passes, but adapter tensors are often smaller than a
-# histogram of 2**16 counts.
-RADIX = 8
 
 LORA_SIDE = re.compile(r"(?:^|\.)lora_(?:embedding_)?([AB])(?:\.|$)")
 
@@ -104,10 +96,10 @@ def create_mask_from_fisher(
     double = any(fisher_scores[name].dtype == torch.float64 for name in sizes)
     dtype = torch.float64 if double else torch.float32
     masks = {}
-    ties: list[tuple[float, int, int]] = []
+    ties: list[Tie] = []
     for names, quota in _shares(sizes, k, scope):
         group = {name: fisher_scores[name] for name in names}
-        select = _SELECTS.get(scope, _select)
+        select = _SELECTS.get(scope, highest)
         selected, tie = select(group, quota, dtype)
         masks.update(selected)
         ties.append(tie)
@@ -306,39 +298,12 @@ def _shares(sizes: Mapping[str, int], k: int, scope: Scope) -> list[tuple[list[s
     return [(names, quotas[kind]) for kind, names in kinds.items() if names]
 
 
-def _select(
-    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[float, int, int]]:
-    """Masks of the k highest scores, and (lowest score taken, how many have it, how many taken)."""
-    if not k:
-        zeros = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in scores.items()}
-        return zeros, (0.0, 0, 0)
-    threshold, tied, taken = _kth_highest(list(scores.values()), k, dtype)
-    left = taken
-    masks = {}
-    for name, tensor in scores.items():
-        flat = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        for out, keys in zip(_chunks(flat), _ordered_keys(tensor, dtype), strict=True):
-            if taken == tied:
-                torch.ge(keys, threshold, out=out)
-                continue
-            torch.gt(keys, threshold, out=out)
-            if left:
-                at_threshold = keys == threshold
-                at_threshold &= at_threshold.cumsum(0) <= left
-                out |= at_threshold
-                left -= int(at_threshold.sum())
-        masks[name] = flat.view(tensor.shape)
-    bits = torch.tensor(abs(threshold), dtype=_INTEGER[dtype])
-    return masks, (math.copysign(bits.view(dtype).item(), threshold), tied, taken)
-
-
 def _select_ranks(
     scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[float, int, int]]:
-    """As `_select`, with LoRA's ranks as a whole."""
+) -> tuple[dict[str, Tensor], Tie]:
+    """As `highest`, with LoRA's ranks as a whole."""
     shared = {**scores, **_rank_worths(scores, dtype)}
-    masks, (worth, tied, taken) = _select(shared, k, dtype)
+    masks, (worth, tied, taken) = highest(shared, k, dtype)
     if taken in (0, tied):
         return masks, (worth, tied, taken)
     # The last rank has more entries than are left. A's alone would have no gradient.
@@ -352,7 +317,7 @@ def _select_ranks(
         if not quota:
             continue
         own = {name: last[name].masked_fill(~at_worth[name], -math.inf) for name in last}
-        selected, tie = _select(own, quota, dtype)
+        selected, tie = highest(own, quota, dtype)
         masks |= {name: masks[name] | selected[name] for name in last}
         taken -= quota
     return masks, tie
@@ -382,8 +347,8 @@ def _rank_worths(scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
 
 def _select_features(
     scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[float, int, int]]:
-    """As `_select`, of one tensor, with LoRA's entries dealt out by feature.
+) -> tuple[dict[str, Tensor], Tie]:
+    """As `highest`, of one tensor, with LoRA's entries dealt out by feature.
 
     Scores cannot tell the ranks apart: with B drawn at random, E[F_A[j, m]] is the same for all
     ranks j (see `score_with_perturbed_b`), so the highest entries of A are a few columns in all
@@ -393,7 +358,7 @@ def _select_features(
     ((name, tensor),) = scores.items()
     side = side_of(name)
     if not side or tensor.dim() < 2:
-        return _select(scores, k, dtype)
+        return highest(scores, k, dtype)
     by_rank = (tensor if side == "A" else tensor.transpose(0, 1)).flatten(1)
     ranks, features = by_rank.shape
     worth, order = by_rank.sum(0, dtype=torch.float64).sort(descending=True, stable=True)
@@ -412,56 +377,10 @@ def _select_features(
     return {name: mask if side == "A" else mask.transpose(0, 1).contiguous()}, tie
 
 
-def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Key of the k-th highest score, how many entries have it, how many of those are in the k.
-
-    A radix selection: each pass counts the next bits of the keys that share the bits settled so
-    far, and settles those of the k-th highest.
-    """
-    key, left = 0, k
-    highest = torch.finfo(dtype).bits - RADIX
-    for shift in range(highest, -1, -RADIX):
-        histogram = torch.zeros(2**RADIX, dtype=torch.int64)
-        for tensor in tensors:
-            for keys in _ordered_keys(tensor, dtype):
-                if shift == highest:
-                    digits = (keys >> shift) + 2 ** (RADIX - 1)  # the digit that has the sign
-                else:
-                    digits = (keys[keys >> (shift + RADIX) == key] >> shift) & (2**RADIX - 1)
-                histogram += torch.bincount(digits, minlength=2**RADIX).cpu()
-        at_least = histogram.flip(0).cumsum(0)
-        position = int(torch.searchsorted(at_least, left))
-        digit = 2**RADIX - 1 - position
-        count = int(histogram[digit])
-        left -= int(at_least[position]) - count
-        key = digit - 2 ** (RADIX - 1) if shift == highest else key << RADIX | digit
-    return key, count, left
-
-
 _SELECTS = {"rank": _select_ranks, "features": _select_features}
 
 
-def _chunks(flat: Tensor) -> Sequence[Tensor]:
-    return torch.split(flat, CPU_CHUNK if flat.device.type == "cpu" else ACCELERATOR_CHUNK)
-
-
-_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def _ordered_keys(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Integers in the order of the scores, chunk by chunk; -0.0 and 0.0 share one.
-
-    The bits of a float are a sign and a magnitude that orders as an integer does; negating the
-    magnitude of negative floats is all that is missing.
-    """
-    integer = _INTEGER[dtype]
-    lowest = torch.iinfo(integer).min
-    for chunk in _chunks(tensor.reshape(-1)):
-        bits = chunk.to(dtype).view(integer)
-        yield torch.where(bits < 0, lowest - bits, bits)
-
-
-def _report_ties(ties: Sequence[tuple[float, int, int]]) -> None:
+def _report_ties(ties: Sequence[Tie]) -> None:
     """Say where position decided, given (score, how many have it, how many were taken)."""
     for zero in (True, False):
         found = [tie for tie in ties if (tie[0] == 0) == zero]
