@@ -179,6 +179,40 @@ def test_a_variant_is_the_arm_of_its_rule(files, tmp_path):
     assert len(seen) == 3
 
 
+def test_an_aligned_start_survives_an_interruption(files, tmp_path, monkeypatch):
+    """Guards A: aligned before the count of what changes, and again where a selection is found."""
+
+    def one_arm(folder, start):
+        return experiment(
+            *files,
+            tmp_path / folder,
+            fish_tuning={"methods_to_run": ["LoRA-FISH"], "start": start},
+        )
+
+    (whole,) = run_experiment(one_arm("whole", "fisher"), name="e").runs
+    assert whole.trainable_params == whole.budget >= whole.changed_params
+    (given,) = run_experiment(one_arm("given", "given"), name="e").runs
+    aligned, drawn = weights(tmp_path / "whole", whole), weights(tmp_path / "given", given)
+    mask = FishMask.from_pretrained(tmp_path / "whole" / whole.adapter)
+    name = next(name for name in mask if "lora_A" in name)
+    frozen = ~mask[name]
+    key = name.replace(".default.", ".")
+    assert not torch.isclose(aligned[key][frozen], drawn[key][frozen]).any()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.FishTuningTrainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(one_arm("again", "fisher"), name="e")
+    assert list((tmp_path / "again").glob("runs/*/selection/selection.json"))
+    (again,) = run_experiment(one_arm("again", "fisher"), name="e").runs
+    assert (again.metrics, again.mask_density) == (whole.metrics, whole.mask_density)
+    resumed = weights(tmp_path / "again", again)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in aligned.items())
+
+
 def test_finished_runs_are_skipped_and_failed_ones_tried_again(files, tmp_path, monkeypatch):
     """Guards a sweep against one bad run, and a rerun against training what is there."""
     config = experiment(*files, tmp_path, **FEW_ARMS, seeds=[1, 2])
