@@ -11,8 +11,8 @@ from fish_tuning.batches import Batch
 from fish_tuning.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.distributed import unwrapped
 from fish_tuning.fisher import zero_sides_perturbed
+from fish_tuning.lora import opposite_side, side_of
 from fish_tuning.reduction import RowMoments
-from fish_tuning.selection import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 

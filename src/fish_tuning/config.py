@@ -11,17 +11,17 @@ from fish_tuning.alignment import align_with_fisher
 from fish_tuning.batches import Batch
 from fish_tuning.distributed import check_maskable
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
+from fish_tuning.lora import side_of
 from fish_tuning.mask import FishMask
 from fish_tuning.objective import Estimator, LossFunction
 from fish_tuning.selection import (
-    Scope,
     create_mask_from_fisher,
     magnitude_scores,
     pool_and_quota,
     random_scores,
     reversed_scores,
-    side_of,
 )
+from fish_tuning.shares import Scope
 from fish_tuning.sparse import apply_mask, get_mask
 
 Criterion = Literal["fisher", "reversed", "random", "magnitude"]
@@ -53,10 +53,11 @@ class FishConfig(BaseModel):
         "has the most Fisher information (fisher).",
     )
     scope: Scope = Field(
-        "features",
+        "adaptive",
         description="How the quota is shared out: one pool (global), to every tensor by its size "
         "(per_tensor), so and within LoRA's to features, on which the ranks take turns (features), "
-        "equally to LoRA's A and B (balanced), or to whole ranks of LoRA (rank).",
+        "as that but by size and root of the mean score (adaptive), equally to LoRA's A and B "
+        "(balanced), or to whole ranks of LoRA (rank).",
     )
     criterion: Criterion = Field(
         "fisher",

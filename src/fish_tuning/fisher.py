@@ -12,9 +12,9 @@ from fish_tuning.batches import Batch
 from fish_tuning.calibration import check_choice, mean_over_examples, trainable_parameters
 from fish_tuning.distributed import unwrapped
 from fish_tuning.likelihood import TokenReduction
+from fish_tuning.lora import opposite_side, side_of
 from fish_tuning.objective import Estimator, LossFunction
 from fish_tuning.reduction import Entrywise
-from fish_tuning.selection import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def score_with_perturbed_b(
 
     the squared column norms of the full weight's per-example gradient, in which std no longer
     occurs. Scores of A and of B have different scales: give each its share with
-    `create_mask_from_fisher(..., scope="features")`.
+    `create_mask_from_fisher(..., scope="adaptive")`.
 
     Whichever side of a LoRA pair is zero is perturbed (for embeddings in PEFT that is A); pairs
     with no zero side are scored as they are.
@@ -207,7 +207,7 @@ def _report_zeros(scores: dict[str, Tensor]) -> None:
     logger.warning(
         "All scores are 0 for %d of %d tensors: %s. No information reached them from the loss. "
         "The usual reason is LoRA's start: while B = 0 the gradient of A is 0. Then score with "
-        "score_with_perturbed_b and select with scope='features', score after some training "
+        "score_with_perturbed_b and select with scope='adaptive', score after some training "
         "steps, or start from a B that is not 0 (PiSSA, OLoRA).",
         len(zeros),
         len(scores),

@@ -8,45 +8,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.lora import select_features, select_ranks
 from fish_tuning.mask import FishMask
 from fish_tuning.ranking import Tie, highest
+from fish_tuning.shares import Scope, shares_of
 
 logger = logging.getLogger(__name__)
-
-Scope = Literal["global", "per_tensor", "balanced", "rank", "features"]
-"""How the quota of k entries is shared out before the best are taken.
-
-- `"global"`: not at all, the k best of the whole pool (arXiv 2504.04050, equation 4).
-- `"per_tensor"`: to every tensor in proportion to its size.
-- `"balanced"`: in equal parts to those of these kinds that the pool has: LoRA's A, LoRA's B, all
-  other tensors. Without LoRA that is the same as `"global"`.
-- `"rank"`: not at all, but LoRA's ranks are taken whole: a row of A with the column of B that it
-  feeds, worth the scores of the side that starts at zero (B, for embeddings A) per entry of both.
-  Of the last rank what is left is taken, the best of B first.
-- `"features"`: to every tensor in proportion to its size, and within LoRA's to features, which are
-  the columns of A and the rows of B: the best features first, by the sum of their scores over the
-  ranks, and the ranks take turns. See `_select_features`.
-"""
-
-LORA_SIDE = re.compile(r"(?:^|\.)lora_(?:embedding_)?([AB])(?:\.|$)")
-
-
-def side_of(name: str) -> str:
-    """Of a parameter's name: "A" or "B" of a LoRA pair, or ""."""
-    match = LORA_SIDE.search(name)
-    return match[1] if match else ""
-
-
-def opposite_side(name: str) -> str:
-    """The name of a LoRA pair's other tensor."""
-    match = LORA_SIDE.search(name)
-    assert match is not None
-    return name[: match.start(1)] + ("A" if match[1] == "B" else "B") + name[match.end(1) :]
 
 
 def create_mask_from_fisher(
@@ -97,7 +69,7 @@ def create_mask_from_fisher(
     dtype = torch.float64 if double else torch.float32
     masks = {}
     ties: list[Tie] = []
-    for names, quota in _shares(sizes, k, scope):
+    for names, quota in shares_of(fisher_scores, sizes, k, scope):
         group = {name: fisher_scores[name] for name in names}
         select = _SELECTS.get(scope, highest)
         selected, tie = select(group, quota, dtype)
@@ -271,113 +243,7 @@ def _num_to_select(
     return int(num_trainable) - num_dense
 
 
-def _shares(sizes: Mapping[str, int], k: int, scope: Scope) -> list[tuple[list[str], int]]:
-    """Groups of names, and how many entries each of them gets: k in all."""
-    if scope in ("global", "rank"):
-        return [(list(sizes), k)]
-    if scope in ("per_tensor", "features"):
-        pool = sum(sizes.values())
-        quotas = {name: k * size // pool for name, size in sizes.items()}
-        by_remainder = sorted(sizes, key=lambda name: k * sizes[name] % pool, reverse=True)
-        for name in by_remainder[: k - sum(quotas.values())]:
-            quotas[name] += 1
-        return [([name], quota) for name, quota in quotas.items()]
-
-    kinds: dict[str, list[str]] = {"B": [], "A": [], "": []}
-    for name in sizes:
-        kinds[side_of(name)].append(name)
-    room = {kind: sum(sizes[name] for name in names) for kind, names in kinds.items()}
-    quotas = dict.fromkeys(kinds, 0)
-    while k:
-        unfilled = [kind for kind in kinds if quotas[kind] < room[kind]]
-        share, odd = divmod(k, len(unfilled))
-        for i, kind in enumerate(unfilled):
-            given = min(share + (i < odd), room[kind] - quotas[kind])
-            quotas[kind] += given
-            k -= given
-    return [(names, quotas[kind]) for kind, names in kinds.items() if names]
-
-
-def _select_ranks(
-    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Tie]:
-    """As `highest`, with LoRA's ranks as a whole."""
-    shared = {**scores, **_rank_worths(scores, dtype)}
-    masks, (worth, tied, taken) = highest(shared, k, dtype)
-    if taken in (0, tied):
-        return masks, (worth, tied, taken)
-    # The last rank has more entries than are left. A's alone would have no gradient.
-    at_worth = {name: shared[name].to(dtype) == worth for name in scores}
-    masks = {name: masks[name] & ~at_worth[name] for name in scores}
-    tie = (worth, 0, 0)
-    for side in ("B", "", "A"):
-        last = {n: s.to(dtype) for n, s in scores.items() if side_of(n) == side}
-        of_side = sum(int(at_worth[name].sum()) for name in last)
-        quota = min(taken, of_side)
-        if not quota:
-            continue
-        own = {name: last[name].masked_fill(~at_worth[name], -math.inf) for name in last}
-        selected, tie = highest(own, quota, dtype)
-        masks |= {name: masks[name] | selected[name] for name in last}
-        taken -= quota
-    return masks, tie
-
-
-def _rank_worths(scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Each entry's score replaced by what its rank is worth, where both sides of a pair are there.
-
-    A is (r, ...) and B (out, r, ...).
-    """
-    worths = {}
-    for name, a in scores.items():
-        other = opposite_side(name) if side_of(name) == "A" else ""
-        if other not in scores or min(a.dim(), scores[other].dim()) < 2:
-            continue
-        b = scores[other].transpose(0, 1)
-        if len(a) != len(b):
-            continue
-        zero_at_start = a if "lora_embedding_" in name else b
-        total = zero_at_start.flatten(1).sum(1, dtype=torch.float64)
-        worth = (total / (a[0].numel() + b[0].numel())).to(dtype)
-        of_a = worth.to(a.device).reshape(-1, *[1] * (a.dim() - 1))
-        of_b = worth.to(b.device).reshape(-1, *[1] * (b.dim() - 1))
-        worths[name], worths[other] = of_a.expand_as(a), of_b.expand_as(b).transpose(0, 1)
-    return worths
-
-
-def _select_features(
-    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Tie]:
-    """As `highest`, of one tensor, with LoRA's entries dealt out by feature.
-
-    Scores cannot tell the ranks apart: with B drawn at random, E[F_A[j, m]] is the same for all
-    ranks j (see `score_with_perturbed_b`), so the highest entries of A are a few columns in all
-    ranks, one feature many times over. Here rank j gets the features at positions j, j + r,
-    j + 2r, ... of their order; once each feature has one entry, the ranks move on by one.
-    """
-    ((name, tensor),) = scores.items()
-    side = side_of(name)
-    if not side or tensor.dim() < 2:
-        return highest(scores, k, dtype)
-    by_rank = (tensor if side == "A" else tensor.transpose(0, 1)).flatten(1)
-    ranks, features = by_rank.shape
-    worth, order = by_rank.sum(0, dtype=torch.float64).sort(descending=True, stable=True)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(features, device=order.device)
-    rank = torch.arange(ranks, device=order.device).unsqueeze(1)
-    turn = (rank - position) % ranks
-    whole, left = divmod(k, features)
-    chosen = (turn < whole) | ((turn == whole) & (position < left))
-    tie = (0.0, 0, 0)
-    if left:
-        at_last = worth == worth[left - 1]
-        tie = (float(worth[left - 1]), int(at_last.sum()), int(at_last[:left].sum()))
-    shape = tensor.shape if side == "A" else tensor.transpose(0, 1).shape
-    mask = chosen.view(shape)
-    return {name: mask if side == "A" else mask.transpose(0, 1).contiguous()}, tie
-
-
-_SELECTS = {"rank": _select_ranks, "features": _select_features}
+_SELECTS = {"rank": select_ranks, "features": select_features, "adaptive": select_features}
 
 
 def _report_ties(ties: Sequence[Tie]) -> None:
@@ -397,7 +263,7 @@ def _report_ties(ties: Sequence[Tie]) -> None:
             f"{sum(taken for _, _, taken in found):,}",
             " An entry that scores 0 had no gradient where it was scored, so its score says "
             "nothing about it. The usual cause is LoRA's A while B is zero. Score with "
-            'score_with_perturbed_b and select with scope="features", or score after some '
+            'score_with_perturbed_b and select with scope="adaptive", or score after some '
             "training steps."
             if zero
             else "",

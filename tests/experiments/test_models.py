@@ -69,6 +69,22 @@ def test_config_overrides(tmp_path):
         meta_model(wrong, 2)
 
 
+@pytest.mark.parametrize("choice", ["eager", "sdpa"])
+def test_attention(tmp_path, choice):
+    """Guards the choice of attention: it reaches the model that is loaded and the one of shapes."""
+    config = ModelConfig(name=str(write_bert(tmp_path)), attn_implementation=choice)
+    for model in (load_model(config, load_tokenizer(config), 2), meta_model(config, 2)):
+        assert model.config._attn_implementation == choice
+
+
+def test_attention_that_is_not_there(tmp_path):
+    """Guards an attention that the installation does not have, refused with its name."""
+    name = str(write_bert(tmp_path))
+    config = ModelConfig(name=name, attn_implementation="flash_attention_3")
+    with pytest.raises(ConfigError, match=r"flash_attention_3|FlashAttention"):
+        meta_model(config, 2)
+
+
 def test_too_long_an_input(tmp_path):
     """Guards against an index error on the first long example."""
     config = ModelConfig(name=str(write_bert(tmp_path)))

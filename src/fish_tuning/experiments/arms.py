@@ -277,7 +277,7 @@ def add_adapter(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refused(arm, config, model, error) from error
     if arm.name == LORA_FA and arm.peer is None:
-        from fish_tuning.selection import side_of
+        from fish_tuning.lora import side_of
 
         for name, parameter in adapted.named_parameters():
             if side_of(name) == "A":
@@ -368,7 +368,7 @@ def _unusual_head(model: PreTrainedModel) -> list[str] | None:
 
 def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
     """The rank at which B alone holds as nearly as possible what LoRA's A and B hold."""
-    from fish_tuning.selection import side_of
+    from fish_tuning.lora import side_of
 
     sizes = {"A": 0, "B": 0, "": 0}
     adapted = _meta_peft_model(config, _baseline(config), model.config.num_labels or 2)

@@ -107,6 +107,8 @@ def model_config(
             raise ConfigError(
                 f"model.config_overrides.{key}: {value!r} is refused: {error}; correct it"
             ) from None
+    if config.attn_implementation is not None:
+        known._attn_implementation = config.attn_implementation
     if num_labels is not None:
         names = label_names or [f"LABEL_{i}" for i in range(num_labels)]
         known.num_labels = num_labels
@@ -200,8 +202,8 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
                 "transformers has no sequence classification; name another model"
             ) from None
         raise ConfigError(
-            f"model.name: {config.name!r} cannot be built: {_reason(error)}; check its files and "
-            "model.config_overrides"
+            f"model.name: {config.name!r} cannot be built: {_reason(error)}; check its files, "
+            "model.config_overrides and model.attn_implementation"
         ) from error
     return model
 

@@ -136,6 +136,9 @@ class ModelConfig(_Section):
     precision: Literal["float32", "bf16", "fp16"] = Field(
         default="float32", description="Type of the frozen weights; adapters stay in float32."
     )
+    attn_implementation: (
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = Field(default=None, description="How attention is computed; transformers' choice if null.")
     quantization: Literal["4bit", "8bit"] | None = Field(
         default=None, description="Quantise the frozen weights; needs bitsandbytes."
     )
@@ -332,11 +335,11 @@ class SelectionRule(_Section):
         description="What LoRA's A starts from: as PEFT draws it, or the directions in which B "
         "has the most Fisher information.",
     )
-    scope: Literal["global", "per_tensor", "balanced", "rank", "features"] = Field(
-        default="features",
+    scope: Literal["global", "per_tensor", "balanced", "rank", "features", "adaptive"] = Field(
+        default="adaptive",
         description="How the budget is shared before the best entries are taken: not at all, by "
-        "tensor size, in halves to LoRA's A and B, to whole ranks of LoRA, or by tensor size and "
-        "feature, on which the ranks take turns.",
+        "tensor size, in halves to LoRA's A and B, to whole ranks of LoRA, by tensor size and "
+        "feature, on which the ranks take turns, or so by size and root of the mean score.",
     )
     scoring_point: Literal["start", "perturbed", "warmup"] = Field(
         default="perturbed",

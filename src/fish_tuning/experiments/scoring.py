@@ -22,12 +22,12 @@ from fish_tuning.experiments.measurements import snapshot
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.schema import ExperimentConfig, SelectionRule
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
+from fish_tuning.lora import side_of
 from fish_tuning.mask import FishMask
 from fish_tuning.selection import (
     create_mask_from_fisher,
     random_scores,
     reversed_scores,
-    side_of,
 )
 
 logger = logging.getLogger(__name__)
