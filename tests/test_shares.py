@@ -52,9 +52,15 @@ def test_adaptive_is_size_times_root_of_the_mean():
     assert quotas(scores, 112) == {A: 16, A2: 32, B: 48, B2: 16}
     assert quotas(reversed_scores(scores), 112) == {A: 32, A2: 16, B: 48, B2: 16}
     assert quotas({**scores, B2: torch.zeros(20, 4)}, 112) == {A: 16, A2: 32, B: 64, B2: 0}
-    assert quotas(reversed_scores({**scores, B2: torch.zeros(20, 4)}), 112)[B2] == 64
-    # Full tensors pass on what they cannot hold.
-    assert quotas(scores, 448) == {A: 72, A2: 120, B: 192, B2: 64}
+    assert quotas(reversed_scores({**scores, B2: torch.zeros(20, 4)}), 112)[B2] == 40
+
+
+def test_adaptive_fills_no_tensor_beyond_half():
+    """Guards the bound, half or the density of all, and who gets what is beyond it."""
+    scores = {A: torch.full((4, 30), 9.0), A2: torch.full((4, 30), 36.0)}
+    assert quotas(scores, 96) == {A: 36, A2: 60}
+    assert quotas(scores, 120) == {A: 60, A2: 60}
+    assert quotas(scores, 200) == {A: 100, A2: 100}
 
 
 def test_adaptive_without_information_is_by_size():
@@ -65,8 +71,8 @@ def test_adaptive_without_information_is_by_size():
         {name: torch.ones(shape) for name, shape in shapes.items()},
     ):
         assert quotas(scores, 192) == {A: 120, A2: 40, B: 24, B2: 8}
-    drawn = quotas(random_scores(shapes, 0), 960)
-    assert drawn == pytest.approx({A: 600, A2: 200, B: 120, B2: 40}, rel=0.1)
+    drawn = quotas(random_scores(shapes, 0), 480)
+    assert drawn == pytest.approx({A: 300, A2: 100, B: 60, B2: 20}, rel=0.1)
 
 
 def test_adaptive_keeps_embeddings_apart():
@@ -79,8 +85,8 @@ def test_adaptive_keeps_embeddings_apart():
 def test_adaptive_scores_of_both_signs():
     """Guards monotony for scores of any criterion: what is negative comes last."""
     scores = {"u": torch.full((10,), -5.0), "v": torch.full((10,), 4.0), "w": torch.ones(10)}
-    assert quotas(scores, 9) == {"u": 0, "v": 6, "w": 3}
-    assert quotas(scores, 25) == {"u": 5, "v": 10, "w": 10}
+    assert quotas(scores, 6) == {"u": 0, "v": 4, "w": 2}
+    assert quotas(scores, 13) == {"u": 3, "v": 5, "w": 5}
 
 
 def test_adaptive_takes_what_is_empty():
