@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import chain
 
@@ -58,7 +58,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     _check_fits(parameters, mask)
-    _check_gradients_unused(model, parameters, mask)
+    check_gradients_unused(model, mask, [name for name, bits in mask.items() if not bits.all()])
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))
     model.add_module(HOLDER, Holder(model, parameters, mask))
@@ -135,10 +135,18 @@ def _check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
     check_in_memory({name: parameters[name] for name in mask})
 
 
-def _check_gradients_unused(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], mask: FishMask
-) -> None:
-    """Refuses adapters and tensors that need their dense gradients for more than training."""
+def check_gradients_unused(model: nn.Module, masked: Iterable[str], in_part: Iterable[str]) -> None:
+    """Refuses adapters and tensors that need their dense gradients for more than training.
+
+    Args:
+        model: The model.
+        masked: Parameters that a mask names.
+        in_part: Those of them that it does not select whole.
+
+    Raises:
+        ValueError: As `apply_mask` says.
+    """
+    masked, parameters = list(masked), dict(model.named_parameters())
     for path, module in model.named_modules():
         configs = getattr(module, "peft_config", None)
         for adapter, config in configs.items() if isinstance(configs, dict) else ():
@@ -147,7 +155,7 @@ def _check_gradients_unused(
                 continue
             prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
             own = re.compile(rf"^{re.escape(path)}.*\.{prefix}\w+\.{re.escape(adapter)}(\.|$)")
-            if any(own.search(name) for name in mask):
+            if any(own.search(name) for name in masked):
                 raise ValueError(
                     f"{'AdaLoRA' if adalora else 'AdaMSS with use_asa'} moves its own budget while "
                     "it trains, which a mask keeps where it is: mask another adapter, or train "
@@ -155,9 +163,8 @@ def _check_gradients_unused(
                 )
     hooked = [
         name
-        for name, bits in mask.items()
-        if (parameters[name]._backward_hooks or parameters[name]._post_accumulate_grad_hooks)
-        and not bits.all()
+        for name in in_part
+        if parameters[name]._backward_hooks or parameters[name]._post_accumulate_grad_hooks
     ]
     if hooked:
         raise ValueError(

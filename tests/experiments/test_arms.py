@@ -152,6 +152,32 @@ def test_peers_are_counted(tmp_path, method):
     assert trainable_counts(config, 2)[method, None] > 258
 
 
+def test_variants_select_from_their_own_adapter(tmp_path):
+    """Guards a variant's pool: the budget is LoRA's, what it is selected from its own."""
+    shira = {"method": "SHIRA", "config": {"r": 2}}
+    fish = {"variants": [{"name": "sparse", "adapter": shira}], "budgets": [0.5]}
+    config = of_model(BERT_TINY, tmp_path, fish_tuning=fish, peers=[shira])
+    counts = arm_counts(config, 2)
+    assert counts["sparse", 0.5].trainable == counts["LoRA-FISH", 0.5].trainable
+    assert counts["sparse", 0.5].total == counts["SHIRA", None].total
+    assert counts["sparse", 0.5].total != counts["LoRA-FISH", 0.5].total
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"method": "ADALORA"}, r"fish_tuning\.variants: x: AdaLoRA moves its own budget"),
+        ({"method": "SHIRA", "config": {"q": 1}}, r"fish_tuning\.variants: x: .* has no 'q'"),
+        ({"method": "LORA", "config": {"r": 1}}, r"fish_tuning\.prune.*x's adapter"),
+    ],
+)
+def test_adapters_that_nothing_can_be_selected_from(tmp_path, adapter, message):
+    """Guards variants whose adapter keeps its own budget, is mistyped, or is too small."""
+    fish = {"variants": [{"name": "x", "adapter": adapter}]}
+    with pytest.raises(ConfigError, match=message):
+        trainable_counts(of_model(BERT_TINY, tmp_path, fish_tuning=fish), 2)
+
+
 def test_a_head_that_peft_does_not_know_is_trained(tmp_path, caplog):
     """Guards BART and its like: their head would stay random and frozen."""
     shape = BartConfig(

@@ -336,7 +336,11 @@ BAD = [
         "fish_tuning: {variants: [{name: x, rule: {warmup_steps: 0}}]}",
         r"variants\[0\]\.rule\.warmup_steps: .*greater than or equal to 1",
     ),
-    ("fish_tuning: {variants: [{name: x, rule: {}}]}", r"variants\[0\]\.rule: \{\} .*at least 1"),
+    ("fish_tuning: {variants: [{name: x, rule: {}}]}", r"variants\[0\]: 'x' changes nothing"),
+    (
+        "fish_tuning: {variants: [{name: x, adapter: {method: LORRA}}]}",
+        r"variants\[0\]\.adapter\.method: .*did you mean LORA\?",
+    ),
     (
         "fish_tuning: {variants: [{name: LoRA-FISH, rule: {scope: global}}]}",
         r"fish_tuning: 'LoRA-FISH' names two arms",

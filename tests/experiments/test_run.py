@@ -179,6 +179,23 @@ def test_a_variant_is_the_arm_of_its_rule(files, tmp_path):
     assert len(seen) == 3
 
 
+def test_a_variant_selects_from_its_own_adapter(files, tmp_path):
+    """Guards a variant's adapter: LoRA's own is LoRA-FISH again, another trains its own tensors."""
+    rank = experiment(*files, tmp_path).lora.fish_rank
+    adapters = {
+        "again": {"method": "LORA", "config": {"r": rank, "lora_alpha": 2 * rank}},
+        "weights": {"method": "SHIRA", "config": {"r": 4}},
+    }
+    variants = [{"name": name, "adapter": adapter} for name, adapter in adapters.items()]
+    config = experiment(
+        *files, tmp_path, fish_tuning={"methods_to_run": ["LoRA-FISH"], "variants": variants}
+    )
+    own, again, sparse = run_experiment(config, name="e").runs
+    assert (again.metrics, again.mask_density) == (own.metrics, own.mask_density)
+    assert sparse.trainable_params == own.budget >= sparse.changed_params
+    assert all("shira" in name or "classifier" in name for name in weights(tmp_path, sparse))
+
+
 def test_an_aligned_start_survives_an_interruption(files, tmp_path, monkeypatch):
     """Guards A: aligned before the count of what changes, and again where a selection is found."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.schema import (
     ORIGINAL_LORA,
+    AdapterConfig,
     Criterion,
     ExperimentConfig,
     PeerConfig,
@@ -51,7 +52,7 @@ class Arm:
         seed: Seed of head, adapter, data order and selection.
         digest: That of the experiment.
         peer: What a peer arm adds to the model; None for all others.
-        variant: The rule that a variant selects by; None for all others.
+        variant: What a variant selects by and from; None for all others.
         learning_rate: Chosen or to be tried by a search; None for that of the training arguments.
         held_out: Training examples that a run of a search is evaluated on; None for all others.
     """
@@ -71,6 +72,11 @@ class Arm:
         if self.variant is not None:
             return self.variant.criterion
         return None if self.peer else CRITERIA.get(self.name)
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """Its PEFT method, where that is not the experiment's LoRA."""
+        return self.peer or (self.variant.adapter if self.variant else None)
 
     @property
     def key(self) -> ArmKey:
@@ -185,8 +191,7 @@ def arm_counts(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, Counts
     """As `trainable_counts`, with the total."""
     arms = {arm.key: arm for arm in planned(config)}
     baseline = _counts_of(_meta_peft_model(config, _baseline(config), num_labels))
-    pool: dict[str, Parameter] | None = None
-    total = 0
+    pools: dict[str, nn.Module] = {}  # what masked arms select from
     counts = {}
     for key, arm in arms.items():
         if arm.criterion is None:
@@ -196,22 +201,22 @@ def arm_counts(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, Counts
                 else _counts_of(_meta_peft_model(config, arm, num_labels))
             )
             continue
-        if pool is None:
-            model = _meta_peft_model(config, arm, num_labels)
-            pool, total = trainable_tensors(model), _counts_of(model).total
-        assert arm.ratio is not None
-        budget = round(arm.ratio * baseline.trainable)
-        _check_budget(config, arm.ratio, budget, pool)
-        counts[key] = Counts(budget, total)
+        of = arm.name if arm.adapter else ""
+        if of not in pools:
+            pools[of] = _meta_peft_model(config, arm, num_labels)
+        budget = _checked_budget(config, arm, baseline, pools[of])
+        counts[key] = Counts(budget, _counts_of(pools[of]).total)
     return counts
 
 
-def _check_budget(
-    config: ExperimentConfig, ratio: float, budget: int, pool: Mapping[str, Parameter]
-) -> None:
+def _checked_budget(config: ExperimentConfig, arm: Arm, baseline: Counts, model: nn.Module) -> int:
+    """What a masked arm trains, of a model with the adapter that it selects from."""
     from fish_tuning.selection import pool_and_quota
+    from fish_tuning.sparse import check_gradients_unused
 
-    entries = {name: tensor.numel() for name, tensor in pool.items()}
+    assert arm.ratio is not None
+    ratio, budget = arm.ratio, round(arm.ratio * baseline.trainable)
+    entries = {name: tensor.numel() for name, tensor in trainable_tensors(model).items()}
     excluded = names_left_dense(config, entries, budget)
     if config.lora.names_to_exclude and not excluded:
         found = any(re.search(p, name) for p in config.lora.names_to_exclude for name in entries)
@@ -223,14 +228,26 @@ def _check_budget(
             else "none of the trained tensors",
         )
     try:
-        pool_and_quota(entries, None, excluded, budget)
+        pool, _ = pool_and_quota(entries, None, excluded, budget)
     except ValueError as error:
         key = "budgets" if config.fish_tuning.budgets else "prune_to_ratio_of_baseline"
+        of = f"{arm.name}'s adapter" if arm.adapter else f"lora.fish_rank {config.lora.fish_rank}"
         raise ConfigError(
             f"fish_tuning.{key}: {ratio:g} of the baseline is {budget:,} parameters, which "
-            f"lora.fish_rank {config.lora.fish_rank} and lora.names_to_exclude do not allow: "
-            f"{error}"
+            f"{of} and lora.names_to_exclude do not allow: {error}"
         ) from None
+    try:
+        check_gradients_unused(model, entries, pool)
+    except ValueError as error:
+        raise ConfigError(f"{_place(arm)}: {error}") from None
+    return budget
+
+
+def _place(arm: Arm) -> str:
+    """Where in the config an arm's adapter stands."""
+    if arm.adapter is None:
+        return "lora"
+    return f"{'peers' if arm.peer else 'fish_tuning.variants'}: {arm.name}"
 
 
 def names_left_dense(
@@ -276,7 +293,7 @@ def add_adapter(
         adapted: nn.Module = get_peft_model(model, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refused(arm, config, model, error) from error
-    if arm.name == LORA_FA and arm.peer is None:
+    if arm.name == LORA_FA and arm.adapter is None:
         from fish_tuning.lora import side_of
 
         for name, parameter in adapted.named_parameters():
@@ -339,8 +356,8 @@ def _peft_config(
 ) -> PeftConfig:
     from peft import LoraConfig
 
-    if arm.peer is not None:
-        return _peer_config(arm.peer, config, total_steps)
+    if arm.adapter is not None:
+        return _own_config(arm, arm.adapter, config, total_steps)
     ranks = {ORIGINAL_LORA: config.lora.baseline_rank, LORA_FA: 0}
     rank = ranks.get(arm.name, config.lora.fish_rank)
     if arm.name == LORA_FA:
@@ -377,34 +394,36 @@ def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
     return max(1, round(config.lora.baseline_rank * (sizes["A"] + sizes["B"]) / sizes["B"]))
 
 
-def _peer_config(peer: PeerConfig, config: ExperimentConfig, total_steps: int) -> PeftConfig:
+def _own_config(
+    arm: Arm, adapter: AdapterConfig, config: ExperimentConfig, total_steps: int
+) -> PeftConfig:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peer.method)]
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.method)]
     fields = kind.__dataclass_fields__
-    settings: dict[str, Any] = {"task_type": "SEQ_CLS", **peer.config}
+    settings: dict[str, Any] = {"task_type": "SEQ_CLS", **adapter.config}
     if "target_modules" in fields and config.lora.target_modules is not None:
         settings.setdefault("target_modules", config.lora.target_modules)
-    if peer.method == "ADALORA":
+    if adapter.method == "ADALORA":
         settings.setdefault("total_step", total_steps)
     unknown = sorted(set(settings) - set(fields))
     if unknown:
         raise ConfigError(
-            f"peers: {peer.label}: {kind.__name__} has no {unknown[0]!r}; it has "
+            f"{_place(arm)}: {kind.__name__} has no {unknown[0]!r}; it has "
             f"{', '.join(sorted(fields))}"
         )
     try:
         made: PeftConfig = kind(**settings)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"peers: {peer.label}: {kind.__name__} refuses it: {error}") from None
+        raise ConfigError(f"{_place(arm)}: {kind.__name__} refuses it: {error}") from None
     return made
 
 
 def _refused(
     arm: Arm, config: ExperimentConfig, model: PreTrainedModel, error: Exception
 ) -> ConfigError:
-    key = f"peers: {arm.name}" if arm.peer else "lora.target_modules"
+    key = _place(arm) if arm.adapter else "lora.target_modules"
     if "specify `target_modules`" in str(error):
         return ConfigError(
             f"{key}: PEFT has no default for models of type {model.config.model_type!r}; set "

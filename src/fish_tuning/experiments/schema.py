@@ -356,16 +356,31 @@ class SelectionRule(_Section):
     )
 
 
+class AdapterConfig(_Section):
+    """A PEFT method and its arguments."""
+
+    method: Annotated[str, AfterValidator(_peft_method)] = Field(
+        description="A method of the installed PEFT, such as ADALORA, SHIRA, VERA, IA3 or LOKR."
+    )
+    config: dict[str, Any] = Field(
+        default={}, description="Arguments of the method's PEFT config, such as r."
+    )
+
+
 class VariantConfig(_Section):
-    """A further masked arm that selects by another rule."""
+    """A further masked arm: another rule, another adapter to select from, or both."""
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
     criterion: Criterion = Field(
         default="fisher", description="What the rule ranks by, as in LoRA-FISH, -rand and -rev."
     )
-    rule: Annotated[dict[str, Any], Field(min_length=1)] = Field(
+    rule: dict[str, Any] = Field(
+        default={},
         description="What differs from fish_tuning's own rule: num_samples, start, scope, "
-        "scoring_point, warmup_steps or estimator."
+        "scoring_point, warmup_steps or estimator.",
+    )
+    adapter: AdapterConfig | None = Field(
+        default=None, description="What it selects from; by default LoRA of lora.fish_rank."
     )
 
 
@@ -394,13 +409,19 @@ class FishTuningConfig(SelectionRule):
         description="Seed of the calibration sample and of random masks; by default the run's.",
     )
     variants: list[VariantConfig] = Field(
-        default=[], description="Other rules to select by, each as a further masked arm."
+        default=[],
+        description="Other rules to select by, or adapters to select from, each as a further "
+        "masked arm.",
     )
 
     @model_validator(mode="after")
     def _check_variants(self) -> Self:
         problems = {}
         for position, variant in enumerate(self.variants):
+            if not variant.rule and variant.adapter is None:
+                problems[f"variants[{position}]"] = (
+                    f"{variant.name!r} changes nothing; give it a rule, an adapter or both"
+                )
             try:
                 self.rule_of(variant)
             except ValidationError as error:
@@ -430,17 +451,11 @@ class BaseTrainingConfig(_Section):
     )
 
 
-class PeerConfig(_Section):
+class PeerConfig(AdapterConfig):
     """Another PEFT method to compare with."""
 
-    method: Annotated[str, AfterValidator(_peft_method)] = Field(
-        description="A method of the installed PEFT, such as ADALORA, SHIRA, VERA, IA3 or LOKR."
-    )
     name: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="Name in the results; by default the method's."
-    )
-    config: dict[str, Any] = Field(
-        default={}, description="Arguments of the method's PEFT config, such as r."
     )
 
     @property
