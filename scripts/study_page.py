@@ -7,7 +7,7 @@ there. Without `--take` the tables are made anew from what is there: the same ru
 import argparse
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -29,46 +29,42 @@ from fish_tuning.experiments.svg import TEXT, figure_style
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text")
+DECODER = "decoder"
 SMALL = 0.1
 """Budgets below this share of LoRA's size are the small one, whose share differs by the head."""
 COMPARISONS = (
     ("LoRA-FISH (100%)", "Original LoRA"),
     ("LoRA-FISH (50%)", "Original LoRA"),
     ("LoRA-FISH (25%)", "Original LoRA"),
-    ("FISH by features (small)", "LoRA r=1, values"),
-    ("FISH by features (small)", "LoRA r=2, last layer"),
+    ("LoRA-FISH (50%)", "LoRA r=4"),
+    ("LoRA-FISH (25%)", "LoRA r=2"),
+    ("LoRA-FISH (small)", "LoRA r=1, values"),
+    ("LoRA-FISH (small)", "LoRA r=2, last layer"),
     ("LoRA-FISH (100%)", "LoRA-FISH-rand (100%)"),
     ("LoRA-FISH-rand (100%)", "LoRA-FISH-rev (100%)"),
-    ("FISH by features (small)", "LoRA-FISH-rand (small)"),
-    ("FISH by features (small)", "LoRA-FISH (small)"),
+    ("LoRA-FISH (small)", "LoRA-FISH-rand (small)"),
+    ("LoRA-FISH-rand (small)", "LoRA-FISH-rev (small)"),
+    ("LoRA-FISH (small)", "equal shares (small)"),
+    ("LoRA-FISH (small)", "highest scores (small)"),
+    ("LoRA-FISH (small)", "as published (small)"),
 )
-CANDIDATES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-    (
-        "25%",
-        "candidates_quarter",
-        {
-            "Original LoRA": "",
-            "LoRA-FISH": "balanced",
-            "LoRA-FISH-rand": "random, balanced",
-        },
-    ),
-    ("25%", "sst2", {"Original LoRA": "", "LoRA-FISH": "features"}),
-    (
-        "small",
-        "candidates_small",
-        {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"},
-    ),
-    (
-        "small",
-        "sst2_small",
-        {
-            "LoRA-FISH": "",
-            "LoRA-FISH-rand": "random, equal shares",
-            "FISH by features": "features",
-        },
-    ),
-)
-"""Budget, sweep, and what its arms are called in the table of rules; "" leaves one out."""
+PEERS = {
+    "Original LoRA": "LoRA-FISH (100%)",
+    "LoRA (FISH rank)": "LoRA-FISH (100%)",
+    "LoRA-FA": "LoRA-FISH (100%)",
+    "DoRA r=8": "LoRA-FISH (100%)",
+    "PiSSA r=8": "LoRA-FISH (100%)",
+    "SHiRA r=8": "LoRA-FISH (100%)",
+    "RandLoRA r=26": "LoRA-FISH (100%)",
+    "AdaLoRA, 12 to 8": "LoRA-FISH (100%)",
+    "LoRA r=4": "LoRA-FISH (50%)",
+    "LoRA r=2": "LoRA-FISH (25%)",
+    "VeRA r=256": "LoRA-FISH (11%)",
+}
+"""What people would pick instead, and FISH at its count or the nearest below."""
+CANDIDATES = {"100%": "candidates_published", "small": "candidates_small"}
+RULES = {"LoRA-FISH": "adaptive (the default)", "LoRA-FISH-rand": "random entries"}
+"""What the table of rules calls arms that are named otherwise."""
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -81,7 +77,7 @@ def main() -> None:
         (STUDY / "runs" / f"{results.name}.csv").write_text(csv_table([results]), encoding="utf-8")
     page = STUDY / "README.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    figure = differences_figure(pooled_differences())
+    figure = differences_figure(pooled_differences(TASKS))
     with figure_style():
         figure.savefig(STUDY / "differences.svg", metadata={"Date": None})
 
@@ -89,9 +85,11 @@ def main() -> None:
 def filled(text: str) -> str:
     """The page with every table between its markers made anew."""
     tables = {
-        "pooled": pooled_table(),
+        "pooled": differences_table(TASKS),
+        DECODER + "_differences": differences_table((DECODER,)),
+        "peers": peers_table(),
         "candidates": candidates_table(),
-        **{name: task_table(name) for name in TASKS},
+        **{name: task_table(name) for name in (*TASKS, DECODER)},
     }
 
     def replace(match: re.Match[str]) -> str:
@@ -103,11 +101,11 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
-def runs_of(name: str, *, exactly: bool = False) -> Results:
-    """What was taken of the sweep `name`, and unless `exactly` of those called `name_...`."""
+def runs_of(name: str) -> Results:
+    """What was taken of the sweep `name` and of those called `name_...`."""
     runs: list[Run] = []
     for file in sorted((STUDY / "runs").glob("*.csv")):
-        if file.stem == name or (file.stem.startswith(f"{name}_") and not exactly):
+        if file.stem == name or file.stem.startswith(f"{name}_"):
             with file.open(encoding="utf-8", newline="") as stream:
                 runs += map(_run, csv.DictReader(stream))
     return Results(
@@ -134,7 +132,7 @@ def labelled(results: Results) -> dict[str, Group]:
     for group in group_runs(results.runs):
         label = group.arm
         if group.ratio is not None:
-            label += " (small)" if group.ratio < SMALL else f" ({100 * group.ratio:g}%)"
+            label += " (small)" if group.ratio < SMALL else f" ({100 * group.ratio:.3g}%)"
         groups[label] = group
     return groups
 
@@ -144,35 +142,49 @@ def values(group: Group) -> dict[int, float]:
     return group.by_seed(group.runs[0].main_metric or "")
 
 
-def pooled_differences() -> list[tuple[str, str, Difference]]:
+def pooled_differences(tasks: Sequence[str]) -> list[tuple[str, str, Difference]]:
     """Arm, baseline and their difference over the tasks that have both."""
-    tasks = {task: labelled(runs_of(task)) for task in TASKS}
+    groups = {task: labelled(runs_of(task)) for task in tasks}
     found = []
     for arm, baseline in COMPARISONS:
-        both = {task: g for task, g in tasks.items() if arm in g and baseline in g}
+        both = {task: g for task, g in groups.items() if arm in g and baseline in g}
         difference = pooled_difference(
-            {task: values(groups[arm]) for task, groups in both.items()},
-            {task: values(groups[baseline]) for task, groups in both.items()},
+            {task: values(g[arm]) for task, g in both.items()},
+            {task: values(g[baseline]) for task, g in both.items()},
         )
         if difference is not None:
             found.append((arm, baseline, difference))
     return found
 
 
-def pooled_table() -> Table:
-    """Differences over all tasks, and of each."""
-    tasks = {task: labelled(runs_of(task)) for task in TASKS}
+def differences_table(tasks: Sequence[str]) -> Table:
+    """Differences over all tasks, and of each where there are several."""
+    columns = tasks if len(tasks) > 1 else ()
+    groups = [labelled(runs_of(task)) for task in columns]
     rows = []
-    for arm, baseline, difference in pooled_differences():
-        cells = []
-        for groups in tasks.values():
-            pair = [groups.get(label) for label in (arm, baseline)]
-            one = None
-            if pair[0] is not None and pair[1] is not None:
-                one = paired_difference(values(pair[0]), values(pair[1]))
-            cells.append("" if one is None else f"{100 * one.mean:+.2f}")
+    for arm, baseline, difference in pooled_differences(tasks):
+        ones = [difference_of(g, arm, baseline) for g in groups]
+        cells = ["" if one is None else f"{100 * one.mean:+.2f}" for one in ones]
         rows.append((arm, baseline, points(difference), *cells))
-    return ("arm", "compared with", "difference, all tasks", *TASKS), rows
+    return ("arm", "compared with", "difference", *columns), rows
+
+
+def difference_of(groups: Mapping[str, Group], arm: str, baseline: str) -> Difference | None:
+    """The difference of two arms on one task, paired by seed, if it has both."""
+    if arm not in groups or baseline not in groups:
+        return None
+    return paired_difference(values(groups[arm]), values(groups[baseline]))
+
+
+def peers_table() -> Table:
+    """Every other method on SST-2, and how far FISH of its size is ahead of it."""
+    groups = labelled(runs_of("sst2")) | labelled(runs_of("peers_sst2"))
+    rows = []
+    for peer, fish in PEERS.items():
+        difference = difference_of(groups, fish, peer)
+        if difference is not None:
+            rows.append((*arm_cells(peer, groups[peer])[:-2], fish, points(difference)))
+    return ("method", *ARM_HEADERS, "compared with", "FISH ahead by"), rows
 
 
 def points(difference: Difference) -> str:
@@ -183,55 +195,44 @@ def points(difference: Difference) -> str:
     return f"{100 * difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def arm_cells(label: str, group: Group) -> tuple[str, ...]:
+    """An arm's row: mean and deviation over the seeds, learning rate, cost."""
+    runs = group.finished
+    return (
+        label,
+        f"{runs[0].trainable_params:,}",
+        f"{runs[0].learning_rate:g}",
+        format_spread(spread(100 * v for v in values(group).values()), "{:.2f}"),
+        format_spread(spread(r.metrics["eval_loss"] for r in runs), "{:.3f}"),
+        str(len(runs)),
+        f"{median(r.train_seconds for r in runs):.0f}",
+        f"{median(r.score_seconds for r in runs):.1f}",
+    )
+
+
+ARM_HEADERS = ("parameters", "learning rate", "accuracy", "loss", "seeds")
+
+
 def task_table(name: str) -> Table:
-    """Every arm of a task: mean and deviation over the seeds, learning rate, cost."""
-    rows = []
-    for label, group in labelled(runs_of(name)).items():
-        finished = group.finished
-        if not finished:
-            continue
-        rows.append(
-            (
-                label,
-                f"{finished[0].trainable_params:,}",
-                f"{finished[0].learning_rate:g}",
-                format_spread(spread(100 * v for v in values(group).values()), "{:.2f}"),
-                format_spread(spread(r.metrics["eval_loss"] for r in finished), "{:.3f}"),
-                str(len(finished)),
-                f"{median(r.train_seconds for r in finished):.0f}",
-                f"{median(r.score_seconds for r in finished):.1f}",
-            )
-        )
-    metric = next((r.main_metric for r in runs_of(name).runs if r.main_metric), "metric")
-    headers = ("arm", "parameters", "learning rate", metric, "loss", "seeds")
-    return (*headers, "training (s)", "choosing (s)"), rows
+    """Every arm of a task."""
+    rows = [arm_cells(*pair) for pair in labelled(runs_of(name)).items() if pair[1].finished]
+    return ("arm", *ARM_HEADERS, "training (s)", "choosing (s)"), rows
 
 
 def candidates_table() -> Table:
     """The rules on held-out examples of SST-2, each at its best learning rate."""
     best: dict[str, dict[str, str]] = {}
-    means: dict[str, list[float]] = {}
-    for budget, sweep, names in CANDIDATES:
-        runs = runs_of(sweep, exactly=True).search
+    for budget, sweep in CANDIDATES.items():
+        runs = runs_of(sweep).search
         for (arm, ratio), rate in chosen_learning_rates(runs, "accuracy", True).items():
-            name = names.get(arm, arm) if ratio in (None, 0.25) or ratio < SMALL else ""
-            if not name:
-                continue
             (run,) = (r for r in runs if (r.arm, r.ratio, r.learning_rate) == (arm, ratio, rate))
-            accuracy = 100 * run.metrics["accuracy"]
-            best.setdefault(name, {})[budget] = (
-                f"{accuracy:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
+            best.setdefault(RULES.get(arm, arm), {})[budget] = (
+                f"{100 * run.metrics['accuracy']:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
             )
-            means.setdefault(name, []).append(accuracy)
     rows = [
-        (
-            name,
-            *(found.get(budget, "") for budget in ("25%", "small")),
-            f"{sum(means[name]) / 2:.2f}" if len(found) == 2 else "",
-        )
-        for name, found in best.items()
+        (name, *(found.get(budget, "") for budget in CANDIDATES)) for name, found in best.items()
     ]
-    return ("rule", "25%", "small", "mean"), rows
+    return ("rule", *CANDIDATES), rows
 
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:
