@@ -137,20 +137,20 @@ def labelled(results: Results) -> dict[str, Group]:
     return groups
 
 
-def values(group: Group) -> dict[int, float]:
-    """The main metric by seed."""
-    return group.by_seed(group.runs[0].main_metric or "")
+def values(group: Group, metric: str = "") -> dict[int, float]:
+    """A metric by seed, if not given the main one."""
+    return group.by_seed(metric or group.runs[0].main_metric or "")
 
 
-def pooled_differences(tasks: Sequence[str]) -> list[tuple[str, str, Difference]]:
+def pooled_differences(tasks: Sequence[str], metric: str = "") -> list[tuple[str, str, Difference]]:
     """Arm, baseline and their difference over the tasks that have both."""
     groups = {task: labelled(runs_of(task)) for task in tasks}
     found = []
     for arm, baseline in COMPARISONS:
         both = {task: g for task, g in groups.items() if arm in g and baseline in g}
         difference = pooled_difference(
-            {task: values(g[arm]) for task, g in both.items()},
-            {task: values(g[baseline]) for task, g in both.items()},
+            {task: values(g[arm], metric) for task, g in both.items()},
+            {task: values(g[baseline], metric) for task, g in both.items()},
         )
         if difference is not None:
             found.append((arm, baseline, difference))
@@ -162,11 +162,15 @@ def differences_table(tasks: Sequence[str]) -> Table:
     columns = tasks if len(tasks) > 1 else ()
     groups = [labelled(runs_of(task)) for task in columns]
     rows = []
-    for arm, baseline, difference in pooled_differences(tasks):
+    losses = pooled_differences(tasks, "eval_loss")
+    for (arm, baseline, difference), (_, _, loss) in zip(
+        pooled_differences(tasks), losses, strict=True
+    ):
         ones = [difference_of(g, arm, baseline) for g in groups]
         cells = ["" if one is None else f"{100 * one.mean:+.2f}" for one in ones]
-        rows.append((arm, baseline, points(difference), *cells))
-    return ("arm", "compared with", "difference", *columns), rows
+        in_loss = interval(loss, "{:+.3f}", 1)
+        rows.append((arm, baseline, interval(difference), *cells, in_loss))
+    return ("arm", "compared with", "accuracy, points", *columns, "loss"), rows
 
 
 def difference_of(groups: Mapping[str, Group], arm: str, baseline: str) -> Difference | None:
@@ -183,16 +187,16 @@ def peers_table() -> Table:
     for peer, fish in PEERS.items():
         difference = difference_of(groups, fish, peer)
         if difference is not None:
-            rows.append((*arm_cells(peer, groups[peer])[:-2], fish, points(difference)))
+            rows.append((*arm_cells(peer, groups[peer])[:-2], fish, interval(difference)))
     return ("method", *ARM_HEADERS, "compared with", "FISH ahead by"), rows
 
 
-def points(difference: Difference) -> str:
-    """A difference in points, hundredths of the metric."""
-    if difference.interval is None:
-        return f"{100 * difference.mean:+.2f}"
-    low, high = (100 * bound for bound in difference.interval)
-    return f"{100 * difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+def interval(difference: Difference, style: str = "{:+.2f}", unit: float = 100) -> str:
+    """A difference with its interval, if not said otherwise in points, hundredths."""
+    mean, *bounds = (
+        style.format(unit * value) for value in (difference.mean, *(difference.interval or ()))
+    )
+    return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 
 
 def arm_cells(label: str, group: Group) -> tuple[str, ...]:
