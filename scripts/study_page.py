@@ -62,9 +62,16 @@ PEERS = {
     "VeRA r=256": "LoRA-FISH (11%)",
 }
 """What people would pick instead, and FISH at its count or the nearest below."""
-CANDIDATES = {"100%": "candidates_published", "small": "candidates_small"}
-RULES = {"LoRA-FISH": "adaptive (the default)", "LoRA-FISH-rand": "random entries"}
-"""What the table of rules calls arms that are named otherwise."""
+CANDIDATES = {
+    "first_round": {"25%": "candidates_quarter", "small": "candidates_small"},
+    "candidates": {"small": "candidates_more"},
+}
+"""Tables of rules: the sweep of each budget."""
+RULES = {
+    "first_round": {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"},
+    "candidates": {"LoRA-FISH": "the default", "LoRA-FISH-rand": "random entries"},
+}
+"""What a table calls the arms that have no name of their own."""
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -88,7 +95,7 @@ def filled(text: str) -> str:
         "pooled": differences_table(TASKS),
         DECODER + "_differences": differences_table((DECODER,)),
         "peers": peers_table(),
-        "candidates": candidates_table(),
+        **{name: candidates_table(name) for name in CANDIDATES},
         **{name: task_table(name) for name in (*TASKS, DECODER)},
     }
 
@@ -223,20 +230,18 @@ def task_table(name: str) -> Table:
     return ("arm", *ARM_HEADERS, "training (s)", "choosing (s)"), rows
 
 
-def candidates_table() -> Table:
-    """The rules on held-out examples of SST-2, each at its best learning rate."""
+def candidates_table(name: str) -> Table:
+    """Rules on held-out examples of SST-2, each at its best learning rate."""
     best: dict[str, dict[str, str]] = {}
-    for budget, sweep in CANDIDATES.items():
+    for budget, sweep in CANDIDATES[name].items():
         runs = runs_of(sweep).search
         for (arm, ratio), rate in chosen_learning_rates(runs, "accuracy", True).items():
             (run,) = (r for r in runs if (r.arm, r.ratio, r.learning_rate) == (arm, ratio, rate))
-            best.setdefault(RULES.get(arm, arm), {})[budget] = (
+            best.setdefault(RULES[name].get(arm, arm), {})[budget] = (
                 f"{100 * run.metrics['accuracy']:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
             )
-    rows = [
-        (name, *(found.get(budget, "") for budget in CANDIDATES)) for name, found in best.items()
-    ]
-    return ("rule", *CANDIDATES), rows
+    rows = [(rule, *(own.get(b, "") for b in CANDIDATES[name])) for rule, own in best.items()]
+    return ("rule", *CANDIDATES[name]), rows
 
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:
