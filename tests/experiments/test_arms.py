@@ -13,6 +13,7 @@ from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig
 from fish_tuning.experiments import arms as arms_module
 from fish_tuning.experiments import training
 from fish_tuning.experiments.arms import (
+    add_adapter,
     arm_counts,
     names_left_dense,
     planned,
@@ -23,7 +24,7 @@ from fish_tuning.experiments.arms import (
 from fish_tuning.experiments.config import load_config
 from fish_tuning.experiments.data import load_data
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models import load_tokenizer, meta_model
+from fish_tuning.experiments.models import load_model, load_tokenizer, meta_model
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiments"
@@ -150,6 +151,16 @@ def test_peers_are_counted(tmp_path, method):
     peers = [{"method": method, "config": extra.get(method, {})}]
     config = of_model(BERT_TINY, tmp_path, peers=peers)
     assert trainable_counts(config, 2)[method, None] > 258
+
+
+def test_adalora_on_a_model_in_half_precision(tmp_path):
+    """Guards AdaLoRA's counts of ranks, which PEFT makes trainable there."""
+    model = {"name": str(write_bert(tmp_path)), "precision": "bf16"}
+    config = experiment(tmp_path, tmp_path, tmp_path, model=model, peers=[{"method": "ADALORA"}])
+    loaded = load_model(config.model, load_tokenizer(config.model), 2)
+    adapted = add_adapter(loaded, planned(config)[-1], config, total_steps=10_000)
+    trained = sum(tensor.numel() for tensor in trainable_tensors(adapted).values())
+    assert trained == trainable_counts(config, 2)["ADALORA", None]
 
 
 def test_variants_select_from_their_own_adapter(tmp_path):

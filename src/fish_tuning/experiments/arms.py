@@ -299,6 +299,11 @@ def add_adapter(
         for name, parameter in adapted.named_parameters():
             if side_of(name) == "A":
                 parameter.requires_grad_(False)
+    for name, parameter in trainable_tensors(adapted).items():
+        if ".ranknum." in name:
+            # AdaLoRA's counts of ranks. PEFT thaws them where it gives them the type of a model in
+            # half precision, and the ranks would be scaled by what they are trained to.
+            parameter.requires_grad_(False)
     for parameter in trainable_tensors(adapted).values():
         if parameter.dtype != torch.float32 and parameter.is_floating_point():
             parameter.data = parameter.data.float()
