@@ -52,13 +52,14 @@ def test_adaptive_is_size_times_root_of_the_mean():
     assert quotas(scores, 112) == {A: 16, A2: 32, B: 48, B2: 16}
     assert quotas(reversed_scores(scores), 112) == {A: 32, A2: 16, B: 48, B2: 16}
     assert quotas({**scores, B2: torch.zeros(20, 4)}, 112) == {A: 16, A2: 32, B: 64, B2: 0}
-    assert quotas(reversed_scores({**scores, B2: torch.zeros(20, 4)}), 112)[B2] == 40
+    assert quotas(reversed_scores({**scores, B2: torch.zeros(20, 4)}), 112)[B2] == 26
 
 
-def test_adaptive_fills_no_tensor_beyond_half():
-    """Guards the bound, half or the density of all, and who gets what is beyond it."""
+def test_adaptive_bounds_every_density():
+    """Guards the bound, the root of half the density of all, and who gets what is beyond it."""
     scores = {A: torch.full((4, 30), 9.0), A2: torch.full((4, 30), 36.0)}
-    assert quotas(scores, 96) == {A: 36, A2: 60}
+    assert quotas(scores, 60) == {A: 20, A2: 40}  # of at most 120 sqrt(0.125) = 42.4
+    assert quotas(scores, 96) == {A: 42, A2: 54}  # of at most 120 sqrt(0.2) = 53.7
     assert quotas(scores, 120) == {A: 60, A2: 60}
     assert quotas(scores, 200) == {A: 100, A2: 100}
 

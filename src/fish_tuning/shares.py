@@ -26,9 +26,9 @@ Scope = Literal["global", "per_tensor", "balanced", "rank", "features", "adaptiv
   the columns of A and the rows of B: the best features first, by the sum of their scores over the
   ranks, and the ranks take turns. See `select_features`.
 - `"adaptive"`: as `"features"`, but to the tensors of a kind (LoRA's A, its B, all others) in
-  proportion to size times root of the mean score, see `_gains`; to none more than half of its
-  entries, or of the kind's density where that is higher. The fuller a tensor, the lower the
-  learning rate that it bears, and one learning rate serves all.
+  proportion to size times root of the mean score, see `_gains`; to none a density above the
+  geometric mean of the kind's and one half, or above the kind's where that is higher. The fuller a
+  tensor, the lower the learning rate that it bears, and one learning rate serves all.
 """
 
 Share = tuple[list[str], int]
@@ -65,8 +65,9 @@ def shares_of(
     shares = []
     for kind, of_kind in kinds.items():
         gains = _gains({name: scores[name] for name in of_kind})
-        density = max(Fraction(1, 2), Fraction(quotas[kind], max(room[kind], 1)))
-        most = {name: math.ceil(density * size) for name, size in of_kind.items()}
+        density = Fraction(quotas[kind], max(room[kind], 1))
+        bound = max(density, Fraction(math.sqrt(density / 2)))
+        most = {name: math.ceil(bound * size) for name, size in of_kind.items()}
         shares += _one_each(proportional(quotas[kind], gains, most))
     return shares
 
