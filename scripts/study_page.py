@@ -7,7 +7,7 @@ there. Without `--take` the tables are made anew from what is there: the same ru
 import argparse
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +29,6 @@ from fish_tuning.experiments.svg import TEXT, figure_style
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text")
-DECODER = "decoder"
 SMALL = 0.1
 """Budgets below this share of LoRA's size are the small one, whose share differs by the head."""
 COMPARISONS = (
@@ -62,16 +61,10 @@ PEERS = {
     "VeRA r=256": "LoRA-FISH (11%)",
 }
 """What people would pick instead, and FISH at its count or the nearest below."""
-CANDIDATES = {
-    "first_round": {"25%": "candidates_quarter", "small": "candidates_small"},
-    "candidates": {"small": "candidates_more"},
-}
-"""Tables of rules: the sweep of each budget."""
-RULES = {
-    "first_round": {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"},
-    "candidates": {"LoRA-FISH": "the default", "LoRA-FISH-rand": "random entries"},
-}
-"""What a table calls the arms that have no name of their own."""
+CANDIDATES = {"25%": "candidates_quarter", "small": "candidates_small"}
+"""The sweep of each budget in the table of rules."""
+BALANCED = {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"}
+"""The rule that was the default in these sweeps."""
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -84,7 +77,7 @@ def main() -> None:
         (STUDY / "runs" / f"{results.name}.csv").write_text(csv_table([results]), encoding="utf-8")
     page = STUDY / "README.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    figure = differences_figure(pooled_differences(TASKS))
+    figure = differences_figure(pooled_differences())
     with figure_style():
         figure.savefig(STUDY / "differences.svg", metadata={"Date": None})
 
@@ -92,11 +85,10 @@ def main() -> None:
 def filled(text: str) -> str:
     """The page with every table between its markers made anew."""
     tables = {
-        "pooled": differences_table(TASKS),
-        DECODER + "_differences": differences_table((DECODER,)),
+        "pooled": differences_table(),
         "peers": peers_table(),
-        **{name: candidates_table(name) for name in CANDIDATES},
-        **{name: task_table(name) for name in (*TASKS, DECODER)},
+        "candidates": candidates_table(),
+        **{name: task_table(name) for name in TASKS},
     }
 
     def replace(match: re.Match[str]) -> str:
@@ -149,9 +141,9 @@ def values(group: Group, metric: str = "") -> dict[int, float]:
     return group.by_seed(metric or group.runs[0].main_metric or "")
 
 
-def pooled_differences(tasks: Sequence[str], metric: str = "") -> list[tuple[str, str, Difference]]:
+def pooled_differences(metric: str = "") -> list[tuple[str, str, Difference]]:
     """Arm, baseline and their difference over the tasks that have both."""
-    groups = {task: labelled(runs_of(task)) for task in tasks}
+    groups = {task: labelled(runs_of(task)) for task in TASKS}
     found = []
     for arm, baseline in COMPARISONS:
         both = {task: g for task, g in groups.items() if arm in g and baseline in g}
@@ -164,20 +156,16 @@ def pooled_differences(tasks: Sequence[str], metric: str = "") -> list[tuple[str
     return found
 
 
-def differences_table(tasks: Sequence[str]) -> Table:
-    """Differences over all tasks, and of each where there are several."""
-    columns = tasks if len(tasks) > 1 else ()
-    groups = [labelled(runs_of(task)) for task in columns]
+def differences_table() -> Table:
+    """Differences over all tasks, and of each."""
+    groups = [labelled(runs_of(task)) for task in TASKS]
     rows = []
-    losses = pooled_differences(tasks, "eval_loss")
-    for (arm, baseline, difference), (_, _, loss) in zip(
-        pooled_differences(tasks), losses, strict=True
-    ):
+    losses = pooled_differences("eval_loss")
+    for (arm, baseline, difference), (_, _, loss) in zip(pooled_differences(), losses, strict=True):
         ones = [difference_of(g, arm, baseline) for g in groups]
         cells = ["" if one is None else f"{100 * one.mean:+.2f}" for one in ones]
-        in_loss = interval(loss, "{:+.3f}", 1)
-        rows.append((arm, baseline, interval(difference), *cells, in_loss))
-    return ("arm", "compared with", "accuracy, points", *columns, "loss"), rows
+        rows.append((arm, baseline, interval(difference), *cells, interval(loss, "{:+.3f}", 1)))
+    return ("arm", "compared with", "accuracy, points", *TASKS, "loss"), rows
 
 
 def difference_of(groups: Mapping[str, Group], arm: str, baseline: str) -> Difference | None:
@@ -230,18 +218,18 @@ def task_table(name: str) -> Table:
     return ("arm", *ARM_HEADERS, "training (s)", "choosing (s)"), rows
 
 
-def candidates_table(name: str) -> Table:
-    """Rules on held-out examples of SST-2, each at its best learning rate."""
+def candidates_table() -> Table:
+    """The rules on held-out examples of SST-2, each at its best learning rate."""
     best: dict[str, dict[str, str]] = {}
-    for budget, sweep in CANDIDATES[name].items():
+    for budget, sweep in CANDIDATES.items():
         runs = runs_of(sweep).search
         for (arm, ratio), rate in chosen_learning_rates(runs, "accuracy", True).items():
             (run,) = (r for r in runs if (r.arm, r.ratio, r.learning_rate) == (arm, ratio, rate))
-            best.setdefault(RULES[name].get(arm, arm), {})[budget] = (
+            best.setdefault(BALANCED.get(arm, arm), {})[budget] = (
                 f"{100 * run.metrics['accuracy']:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
             )
-    rows = [(rule, *(own.get(b, "") for b in CANDIDATES[name])) for rule, own in best.items()]
-    return ("rule", *CANDIDATES[name]), rows
+    rows = [(rule, *(own.get(budget, "") for budget in CANDIDATES)) for rule, own in best.items()]
+    return ("rule", *CANDIDATES), rows
 
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:
