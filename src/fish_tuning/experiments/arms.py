@@ -304,8 +304,7 @@ def add_adapter(
             # AdaLoRA's counts of ranks. PEFT thaws them where it gives them the type of a model in
             # half precision, and the ranks would be scaled by what they are trained to.
             parameter.requires_grad_(False)
-    for parameter in trainable_tensors(adapted).values():
-        if parameter.dtype != torch.float32 and parameter.is_floating_point():
+        elif parameter.dtype != torch.float32 and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     _cast_inputs_of_heads(adapted)
     return adapted
