@@ -8,6 +8,7 @@ import argparse
 import csv
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -100,6 +101,7 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
+@cache
 def runs_of(name: str) -> Results:
     """What was taken of the sweep `name` and of those called `name_...`."""
     runs: list[Run] = []
