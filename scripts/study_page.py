@@ -30,6 +30,9 @@ from fish_tuning.experiments.svg import TEXT, figure_style
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text")
+"""Those that the differences are the mean of."""
+DECODER = ("decoder",)
+"""The second architecture, on the task of `text`."""
 SMALL = 0.1
 """Budgets below this share of LoRA's size are the small one, whose share differs by the head."""
 COMPARISONS = (
@@ -86,10 +89,11 @@ def main() -> None:
 def filled(text: str) -> str:
     """The page with every table between its markers made anew."""
     tables = {
-        "pooled": differences_table(),
+        "pooled": differences_table(TASKS),
+        "carried_over": differences_table(DECODER),
         "peers": peers_table(),
         "candidates": candidates_table(),
-        **{name: task_table(name) for name in TASKS},
+        **{name: task_table(name) for name in (*TASKS, *DECODER)},
     }
 
     def replace(match: re.Match[str]) -> str:
@@ -143,9 +147,11 @@ def values(group: Group, metric: str = "") -> dict[int, float]:
     return group.by_seed(metric or group.runs[0].main_metric or "")
 
 
-def pooled_differences(metric: str = "") -> list[tuple[str, str, Difference]]:
-    """Arm, baseline and their difference over the tasks that have both."""
-    groups = {task: labelled(runs_of(task)) for task in TASKS}
+def pooled_differences(
+    tasks: tuple[str, ...] = TASKS, metric: str = ""
+) -> list[tuple[str, str, Difference]]:
+    """Arm, baseline and their difference over those of the tasks that have both."""
+    groups = {task: labelled(runs_of(task)) for task in tasks}
     found = []
     for arm, baseline in COMPARISONS:
         both = {task: g for task, g in groups.items() if arm in g and baseline in g}
@@ -158,16 +164,19 @@ def pooled_differences(metric: str = "") -> list[tuple[str, str, Difference]]:
     return found
 
 
-def differences_table() -> Table:
-    """Differences over all tasks, and of each."""
-    groups = [labelled(runs_of(task)) for task in TASKS]
+def differences_table(tasks: tuple[str, ...]) -> Table:
+    """Differences over all tasks, and of each where there are several."""
+    each = tasks if len(tasks) > 1 else ()
+    groups = [labelled(runs_of(task)) for task in each]
     rows = []
-    losses = pooled_differences("eval_loss")
-    for (arm, baseline, difference), (_, _, loss) in zip(pooled_differences(), losses, strict=True):
+    losses = pooled_differences(tasks, "eval_loss")
+    for (arm, baseline, difference), (*_, loss) in zip(
+        pooled_differences(tasks), losses, strict=True
+    ):
         ones = [difference_of(g, arm, baseline) for g in groups]
         cells = ["" if one is None else f"{100 * one.mean:+.2f}" for one in ones]
         rows.append((arm, baseline, interval(difference), *cells, interval(loss, "{:+.3f}", 1)))
-    return ("arm", "compared with", "accuracy, points", *TASKS, "loss"), rows
+    return ("arm", "compared with", "points", *each, "loss"), rows
 
 
 def difference_of(groups: Mapping[str, Group], arm: str, baseline: str) -> Difference | None:
@@ -185,7 +194,7 @@ def peers_table() -> Table:
         difference = difference_of(groups, fish, peer)
         if difference is not None:
             rows.append((*arm_cells(peer, groups[peer])[:-2], fish, interval(difference)))
-    return ("method", *ARM_HEADERS, "compared with", "FISH ahead by"), rows
+    return ("method", *arm_headers("accuracy"), "compared with", "FISH ahead by"), rows
 
 
 def interval(difference: Difference, style: str = "{:+.2f}", unit: float = 100) -> str:
@@ -211,13 +220,17 @@ def arm_cells(label: str, group: Group) -> tuple[str, ...]:
     )
 
 
-ARM_HEADERS = ("parameters", "learning rate", "accuracy", "loss", "seeds")
+def arm_headers(metric: str) -> tuple[str, ...]:
+    """What stands above the cells of `arm_cells`, those of cost aside."""
+    return ("parameters", "learning rate", metric, "loss", "seeds")
 
 
 def task_table(name: str) -> Table:
     """Every arm of a task."""
-    rows = [arm_cells(*pair) for pair in labelled(runs_of(name)).items() if pair[1].finished]
-    return ("arm", *ARM_HEADERS, "training (s)", "choosing (s)"), rows
+    runs = runs_of(name)
+    rows = [arm_cells(*pair) for pair in labelled(runs).items() if pair[1].finished]
+    metric = (runs.runs[0].main_metric or "").replace("_", " ")
+    return ("arm", *arm_headers(metric), "training (s)", "choosing (s)"), rows
 
 
 def candidates_table() -> Table:
