@@ -38,7 +38,9 @@ ORIGINAL_LORA = "Original LoRA"
 Method = Literal[
     "Original LoRA", "LoRA-FISH", "LoRA-FISH-rand", "LoRA-FISH-rev", "LoRA (FISH rank)", "LoRA-FA"
 ]
-Criterion = Literal["fisher", "random", "reversed"]
+Criterion = Literal[
+    "fisher", "random", "reversed", "movement", "second_moment", "adam_gain", "sensitivity"
+]
 """What a masked arm selects by."""
 
 DEFAULT_METHODS: list[Method] = [
@@ -347,7 +349,9 @@ class SelectionRule(_Section):
         "start with a small random B, or after warm-up steps that are then undone.",
     )
     warmup_steps: Positive = Field(
-        default=32, description="Training steps before scoring; with scoring_point: warmup."
+        default=32,
+        description="Training steps before scoring; with scoring_point: warmup, and with the "
+        "criteria that look at AdamW.",
     )
     estimator: Literal["empirical", "true"] = Field(
         default="empirical",
@@ -368,11 +372,14 @@ class AdapterConfig(_Section):
 
 
 class VariantConfig(_Section):
-    """A further masked arm: another rule, another adapter to select from, or both."""
+    """A further masked arm: another rule, criterion or adapter to select from."""
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
     criterion: Criterion = Field(
-        default="fisher", description="What the rule ranks by, as in LoRA-FISH, -rand and -rev."
+        default="fisher",
+        description="What the rule ranks by: as in LoRA-FISH, -rand and -rev, or what AdamW has "
+        "after warm-up steps that are then undone: each entry's movement |w - w0|, its second "
+        "moment v, its gain m^2 / sqrt(v), or its sensitivity |w m|, with m the first moment.",
     )
     rule: dict[str, Any] = Field(
         default={},
@@ -418,9 +425,9 @@ class FishTuningConfig(SelectionRule):
     def _check_variants(self) -> Self:
         problems = {}
         for position, variant in enumerate(self.variants):
-            if not variant.rule and variant.adapter is None:
+            if not variant.rule and variant.adapter is None and variant.criterion == "fisher":
                 problems[f"variants[{position}]"] = (
-                    f"{variant.name!r} changes nothing; give it a rule, an adapter or both"
+                    f"{variant.name!r} changes nothing; give it a rule, an adapter or a criterion"
                 )
             try:
                 self.rule_of(variant)

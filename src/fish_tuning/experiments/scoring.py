@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from fish_tuning.alignment import align_with_fisher
 from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
+from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.measurements import snapshot
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.schema import ExperimentConfig, SelectionRule
@@ -31,6 +32,21 @@ from fish_tuning.selection import (
 )
 
 logger = logging.getLogger(__name__)
+
+Score = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+AFTER_WARMUP: dict[str, Score] = {
+    # Lottery-ticket sparse fine-tuning, arXiv 2110.07560.
+    "movement": lambda now, start, adam: (now - start).abs(),
+    # Mean squared gradients of batches: Fisher information summed along the path.
+    "second_moment": lambda now, start, adam: adam["exp_avg_sq"],
+    # What a step by the mean gradient gives to first order: m times Adam's m / sqrt(v).
+    "adam_gain": lambda now, start, adam: (
+        adam["exp_avg"].square() / adam["exp_avg_sq"].sqrt().clamp_min(1e-30)
+    ),
+    # What setting the entry to zero costs, to first order.
+    "sensitivity": lambda now, start, adam: (now * adam["exp_avg"]).abs(),
+}
+"""Criteria of an entry: from its value, that at the start, and AdamW's state of it."""
 
 _RECORD = "selection.json"
 _BINS = 60
@@ -114,13 +130,23 @@ def select(
         budget: Parameters to train in all, head included.
         train: Tokenised training examples.
         collate: Makes a batch of some of them.
-        warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
+        warmup: Builds a Trainer for that many steps; called for the scoring point "warmup", and
+            for the criteria of `AFTER_WARMUP`.
+
+    Raises:
+        ConfigError: The criterion looks at AdamW, and the optimizer is another.
     """
     rule = config.fish_tuning.rule_of(arm.variant)
     seed = _seed(arm, config)
     began = time.perf_counter()
     if arm.criterion == "random":
         scores, histograms = random_scores(trainable_tensors(model), seed), []
+    elif arm.criterion in AFTER_WARMUP:
+        criterion = AFTER_WARMUP[arm.criterion]
+        scores = _after_warmup(
+            model, rule, warmup, lambda trainer, start: _by_adam(model, trainer, start, criterion)
+        )
+        histograms = []
     else:
         loader = _calibration_set(rule, seed, config, train, collate)
         scores = _fisher(model, rule, loader, _options(rule, seed), warmup)
@@ -181,6 +207,18 @@ def _fisher(
         return score_with_perturbed_b(model, loader, **options)
     if rule.scoring_point == "start":
         return calculate_fisher_information(model, loader, **options)
+    return _after_warmup(
+        model, rule, warmup, lambda *_: calculate_fisher_information(model, loader, **options)
+    )
+
+
+def _after_warmup(
+    model: nn.Module,
+    rule: SelectionRule,
+    warmup: Callable[[int], Trainer],
+    score: Callable[[Trainer, Mapping[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Scores of a model that has made its first steps; these are then undone."""
     start = snapshot(model, trainable_tensors(model))
     training = model.training
     try:
@@ -189,13 +227,33 @@ def _fisher(
         trainer.train()
         # Mixed precision wraps the forward pass, and would a second time in the training itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        return calculate_fisher_information(model, loader, **options)
+        return score(trainer, start)
     finally:
         with torch.no_grad():
             for name, parameter in trainable_tensors(model).items():
                 parameter.copy_(start[name])
                 parameter.grad = None
         model.train(training)
+
+
+def _by_adam(
+    model: nn.Module, trainer: Trainer, start: Mapping[str, Tensor], criterion: Score
+) -> dict[str, Tensor]:
+    """Scores by what AdamW knows of each entry; tensors that got no gradient have 0."""
+    optimizer: Any = trainer.optimizer
+    scores = {}
+    for name, parameter in trainable_tensors(model).items():
+        now, state = parameter.detach(), optimizer.state.get(parameter, {})
+        if state and not {"exp_avg", "exp_avg_sq"} <= state.keys():
+            raise ConfigError(
+                f"fish_tuning.variants.criterion: it looks at AdamW's moments, and training uses "
+                f"{trainer.args.optim}; set optim to adamw_torch in the training arguments, or "
+                "choose another criterion"
+            )
+        scores[name] = (
+            criterion(now, start[name].to(now), state) if state else torch.zeros_like(now)
+        )
+    return scores
 
 
 class _StopAfter(TrainerCallback):
