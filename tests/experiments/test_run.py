@@ -12,15 +12,17 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from fish_tuning import FishMask
 from fish_tuning.experiments import run as run_module
-from fish_tuning.experiments import training
+from fish_tuning.experiments import scoring, training
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
 from fish_tuning.experiments.run import run_experiment
+from fish_tuning.experiments.schema import AFTER_WARMUP
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
 
 TIMES = {"train_seconds", "score_seconds", "peak_memory_bytes", "started_at", "finished_at"}
@@ -323,6 +325,13 @@ def test_two_sweeps_in_one_folder(files, tmp_path):
         ({"lora": {"target_modules": ["nope"]}}, "lora.target_modules: .*nope"),
         ({"fish_tuning": {"prune_to_ratio_of_baseline": 0.001}}, "0.001 of the baseline is 0 "),
         ({"peers": [{"method": "IA3", "config": {"rr": 1}}]}, "IA3: IA3Config has no 'rr'"),
+        (
+            {
+                "fish_tuning": {"variants": [{"name": "x", "criterion": "movement"}]},
+                "training": {"args_override": {"optim": "sgd"}},
+            },
+            r"variants: x: movement looks at .* training.args_override.optim: 'sgd'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(files, tmp_path, changes, message):
@@ -346,6 +355,68 @@ def test_scoring_points(files, tmp_path, point):
     assert run.status == "finished", run.error
     chosen = sum(tensor.selected for tensor in run.mask_density if "lora_A" in tensor.name)
     assert (chosen > 0) == (point == "warmup")
+
+
+@pytest.mark.parametrize("criterion", AFTER_WARMUP)
+def test_criteria_after_a_warmup(files, tmp_path, monkeypatch, criterion):
+    """Guards the scores against AdamW written out in float64, and the start against the steps."""
+    gradients, starts, scored = [], [], []
+    selected = scoring.create_mask_from_fisher
+
+    class Recording(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            starts.append({n: p.detach().double() for n, p in tensors.items()})
+            gradients.append({n: p.grad.double() for n, p in tensors.items()})
+
+    def after(steps):
+        trainer = built(steps)
+        trainer.add_callback(Recording())
+        return trainer
+
+    def select(model, arm, config, budget, train, collate, warmup):
+        nonlocal built
+        built = warmup
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        selection = scoring.select(model, arm, config, budget, train, collate, after)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        return selection
+
+    def keep(scores, **options):
+        scored.append(scores)
+        return selected(scores, **options)
+
+    built = None
+    monkeypatch.setattr(training, "select", select)
+    monkeypatch.setattr(scoring, "create_mask_from_fisher", keep)
+    steps, rate = 4, 1e-2
+    fish = {
+        "methods_to_run": ["LoRA-FISH"],
+        "variants": [{"name": "x", "criterion": criterion, "rule": {"warmup_steps": steps}}],
+    }
+    args = {"learning_rate": rate, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    config = experiment(*files, tmp_path, training={"args_override": args}, fish_tuning=fish)
+    own, run = run_experiment(config, name="e").runs
+    assert run.status == "finished", run.error
+    assert run.trainable_params == run.budget == own.budget and not run.score_histograms
+    assert len(gradients) == steps
+    for name, score in scored[-1].items():
+        start = w = starts[0][name]
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        for step, gradient in enumerate((g[name] for g in gradients), 1):
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            w = w - rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        expected = {
+            "movement": (w - start).abs(),
+            "second_moment": v,
+            "adam_gain": torch.where(v > 0, m**2 / v.sqrt(), 0.0),
+            "sensitivity": (w * m).abs(),
+        }[criterion]
+        assert expected.max() > 0
+        torch.testing.assert_close(
+            score.double(), expected, rtol=2e-3, atol=2e-3 * float(expected.max())
+        )
 
 
 def test_a_decoder_in_half_precision_on_regression(tmp_path):

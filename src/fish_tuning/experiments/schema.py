@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -38,9 +38,9 @@ ORIGINAL_LORA = "Original LoRA"
 Method = Literal[
     "Original LoRA", "LoRA-FISH", "LoRA-FISH-rand", "LoRA-FISH-rev", "LoRA (FISH rank)", "LoRA-FA"
 ]
-Criterion = Literal[
-    "fisher", "random", "reversed", "movement", "second_moment", "adam_gain", "sensitivity"
-]
+AfterWarmup = Literal["movement", "second_moment", "adam_gain", "sensitivity"]
+AFTER_WARMUP: tuple[AfterWarmup, ...] = get_args(AfterWarmup)
+Criterion = Literal["fisher", "random", "reversed"] | AfterWarmup
 """What a masked arm selects by."""
 
 DEFAULT_METHODS: list[Method] = [

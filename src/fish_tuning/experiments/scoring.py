@@ -18,10 +18,9 @@ from transformers import Trainer, TrainerCallback
 
 from fish_tuning.alignment import align_with_fisher
 from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
-from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.measurements import snapshot
 from fish_tuning.experiments.results import ScoreHistogram, write_json
-from fish_tuning.experiments.schema import ExperimentConfig, SelectionRule
+from fish_tuning.experiments.schema import Criterion, ExperimentConfig, SelectionRule
 from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.lora import side_of
 from fish_tuning.mask import FishMask
@@ -33,8 +32,8 @@ from fish_tuning.selection import (
 
 logger = logging.getLogger(__name__)
 
-Score = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-AFTER_WARMUP: dict[str, Score] = {
+_Score = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+_BY_ADAM: dict[Criterion | None, _Score] = {
     # Lottery-ticket sparse fine-tuning, arXiv 2110.07560.
     "movement": lambda now, start, adam: (now - start).abs(),
     # Mean squared gradients of batches: Fisher information summed along the path.
@@ -131,22 +130,18 @@ def select(
         train: Tokenised training examples.
         collate: Makes a batch of some of them.
         warmup: Builds a Trainer for that many steps; called for the scoring point "warmup", and
-            for the criteria of `AFTER_WARMUP`.
-
-    Raises:
-        ConfigError: The criterion looks at AdamW, and the optimizer is another.
+            for the criteria that look at AdamW.
     """
     rule = config.fish_tuning.rule_of(arm.variant)
     seed = _seed(arm, config)
     began = time.perf_counter()
+    histograms: list[ScoreHistogram] = []
     if arm.criterion == "random":
-        scores, histograms = random_scores(trainable_tensors(model), seed), []
-    elif arm.criterion in AFTER_WARMUP:
-        criterion = AFTER_WARMUP[arm.criterion]
+        scores = random_scores(trainable_tensors(model), seed)
+    elif (criterion := _BY_ADAM.get(arm.criterion)) is not None:
         scores = _after_warmup(
             model, rule, warmup, lambda trainer, start: _by_adam(model, trainer, start, criterion)
         )
-        histograms = []
     else:
         loader = _calibration_set(rule, seed, config, train, collate)
         scores = _fisher(model, rule, loader, _options(rule, seed), warmup)
@@ -237,19 +232,13 @@ def _after_warmup(
 
 
 def _by_adam(
-    model: nn.Module, trainer: Trainer, start: Mapping[str, Tensor], criterion: Score
+    model: nn.Module, trainer: Trainer, start: Mapping[str, Tensor], criterion: _Score
 ) -> dict[str, Tensor]:
     """Scores by what AdamW knows of each entry; tensors that got no gradient have 0."""
     optimizer: Any = trainer.optimizer
     scores = {}
     for name, parameter in trainable_tensors(model).items():
-        now, state = parameter.detach(), optimizer.state.get(parameter, {})
-        if state and not {"exp_avg", "exp_avg_sq"} <= state.keys():
-            raise ConfigError(
-                f"fish_tuning.variants.criterion: it looks at AdamW's moments, and training uses "
-                f"{trainer.args.optim}; set optim to adamw_torch in the training arguments, or "
-                "choose another criterion"
-            )
+        now, state = parameter.detach(), optimizer.state.get(parameter)
         scores[name] = (
             criterion(now, start[name].to(now), state) if state else torch.zeros_like(now)
         )
