@@ -29,7 +29,7 @@ from fish_tuning.experiments.statistics import (
 from fish_tuning.experiments.svg import TEXT, figure_style
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
-TASKS = ("sst2", "text")
+TASKS = ("sst2", "text", "mrpc", "cola")
 """Those that the differences are the mean of."""
 DECODER = ("decoder",)
 """The second architecture, on the task of `text`."""
@@ -67,6 +67,8 @@ PEERS = {
 """What people would pick instead, and FISH at its count or the nearest below."""
 CANDIDATES = {"25%": "candidates_quarter", "small": "candidates_small"}
 """The sweep of each budget in the table of rules."""
+MORE = {"small": "candidates_more"}
+"""The same for the table of what the default rule ranks by and selects from."""
 BALANCED = {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"}
 """The rule that was the default in these sweeps."""
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -92,7 +94,8 @@ def filled(text: str) -> str:
         "pooled": differences_table(TASKS),
         "carried_over": differences_table(DECODER),
         "peers": peers_table(),
-        "candidates": candidates_table(),
+        "candidates": candidates_table(CANDIDATES, BALANCED),
+        "more": candidates_table(MORE, {}),
         **{name: task_table(name) for name in (*TASKS, *DECODER)},
     }
 
@@ -233,18 +236,18 @@ def task_table(name: str) -> Table:
     return ("arm", *arm_headers(metric), "training (s)", "choosing (s)"), rows
 
 
-def candidates_table() -> Table:
+def candidates_table(sweeps: Mapping[str, str], names: Mapping[str, str]) -> Table:
     """The rules on held-out examples of SST-2, each at its best learning rate."""
     best: dict[str, dict[str, str]] = {}
-    for budget, sweep in CANDIDATES.items():
+    for budget, sweep in sweeps.items():
         runs = runs_of(sweep).search
         for (arm, ratio), rate in chosen_learning_rates(runs, "accuracy", True).items():
             (run,) = (r for r in runs if (r.arm, r.ratio, r.learning_rate) == (arm, ratio, rate))
-            best.setdefault(BALANCED.get(arm, arm), {})[budget] = (
+            best.setdefault(names.get(arm, arm), {})[budget] = (
                 f"{100 * run.metrics['accuracy']:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
             )
-    rows = [(rule, *(own.get(budget, "") for budget in CANDIDATES)) for rule, own in best.items()]
-    return ("rule", *CANDIDATES), rows
+    rows = [(rule, *(own.get(budget, "") for budget in sweeps)) for rule, own in best.items()]
+    return ("rule", *sweeps), rows
 
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:

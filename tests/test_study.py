@@ -27,7 +27,7 @@ def test_tables_are_those_of_the_runs(page):
     """Guards every number on the page: made from the committed runs, not written."""
     text = (STUDY / "README.md").read_text(encoding="utf-8")
     assert page.filled(text) == text
-    assert len(re.findall("<!-- table: ", text)) == len(re.findall("<!-- end -->", text)) == 7
+    assert len(re.findall("<!-- table: ", text)) == len(re.findall("<!-- end -->", text)) == 10
 
 
 def test_every_run_has_its_config():
