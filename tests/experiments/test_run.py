@@ -380,6 +380,9 @@ def test_criteria_after_a_warmup(files, tmp_path, monkeypatch, criterion):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         selection = scoring.select(model, arm, config, budget, train, collate, after)
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        if arm.variant:
+            provenance = selection.mask.provenance
+            assert (provenance["scoring_point"], provenance["warmup_steps"]) == ("warmup", steps)
         return selection
 
     def keep(scores, **options):

@@ -135,10 +135,12 @@ def select(
     rule = config.fish_tuning.rule_of(arm.variant)
     seed = _seed(arm, config)
     began = time.perf_counter()
+    criterion = _BY_ADAM.get(arm.criterion)
+    point = rule.scoring_point if criterion is None else "warmup"
     histograms: list[ScoreHistogram] = []
     if arm.criterion == "random":
         scores = random_scores(trainable_tensors(model), seed)
-    elif (criterion := _BY_ADAM.get(arm.criterion)) is not None:
+    elif criterion is not None:
         scores = _after_warmup(
             model, rule, warmup, lambda trainer, start: _by_adam(model, trainer, start, criterion)
         )
@@ -158,8 +160,8 @@ def select(
         provenance={
             "criterion": arm.criterion,
             "start": rule.start,
-            "scoring_point": rule.scoring_point,
-            "warmup_steps": rule.warmup_steps if rule.scoring_point == "warmup" else None,
+            "scoring_point": point,
+            "warmup_steps": rule.warmup_steps if point == "warmup" else None,
             "estimator": rule.estimator,
             "num_samples": rule.num_samples,
             "seed": seed,
