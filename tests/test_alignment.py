@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fish_tuning import FishConfig, align_with_fisher, calculate_fisher_information, get_fish_model
-from fish_tuning.alignment import _leading_eigenvectors
+from fish_tuning.scoring.alignment import _leading_eigenvectors
 
 from .models import batches_of, examples_for, reference_loss, tiny_bert, tiny_gpt2, with_lora
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PolyConfig, get_peft_model
 from torch import nn
 from transformers import BatchEncoding
 
-from fish_tuning.batches import Forward, batch_size, parts_by_length, take, without_padding
+from fish_tuning.scoring.batches import Forward, batch_size, parts_by_length, take, without_padding
 from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
 
 

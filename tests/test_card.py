@@ -28,7 +28,7 @@ from fish_tuning import (
     get_mask,
     remove_mask,
 )
-from fish_tuning.card import write_card
+from fish_tuning.mask.card import write_card
 
 from .models import batches_of, examples_for, tiny_bert, tiny_llama, tiny_t5, with_lora
 from .test_other_trainers import tiny_tokenizer

@@ -29,7 +29,7 @@ from fish_tuning import (
     remove_mask,
     score_with_perturbed_b,
 )
-from fish_tuning.sparse import masked_parameters
+from fish_tuning.sparse.apply import masked_parameters
 
 from .models import (
     IGNORED,

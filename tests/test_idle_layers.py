@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from fish_tuning import apply_mask, remove_mask
-from fish_tuning.sparse import masked_parameters
+from fish_tuning.sparse.apply import masked_parameters
 
 from .models import examples_for, pad, tiny_bert, with_lora
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning.likelihood import (
+from fish_tuning.scoring.likelihood import (
     IGNORED,
     LIKELIHOODS,
     MultiLabel,

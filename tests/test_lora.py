@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning.selection import create_mask_from_fisher, random_scores
-from fish_tuning.shares import shares_of
+from fish_tuning.selection.select import create_mask_from_fisher, random_scores
+from fish_tuning.selection.shares import shares_of
 
 
 @st.composite

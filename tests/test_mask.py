@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fish_tuning.mask import BITS_FILE, JSON_FILE, FishMask
+from fish_tuning.mask.mask import BITS_FILE, JSON_FILE, FishMask
 
 PREFIX = "base_model.model."
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fish_tuning import calculate_fisher_information, sums
+from fish_tuning import calculate_fisher_information
+from fish_tuning.scoring import scorers as sums
 from tests.models import assert_scores_close, batches_of, examples_for, tiny_bert, with_lora
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
@@ -103,7 +104,7 @@ def scored(model, loader, **options):
 def check_faults(kind, attempts, monkeypatch, trials):
     """Single faults at so many operations in turn: of forward, backward, rules and sums."""
     # A tensor's examples go into its sums a few at a time.
-    monkeypatch.setattr("fish_tuning.per_example.CHUNK_ENTRIES", 2 * 48)
+    monkeypatch.setattr("fish_tuning.per_example.gradients.CHUNK_ENTRIES", 2 * 48)
     model, options = model_and_options(kind)
     # Without padding, so that all are one part; the second batch is not the one that is checked.
     batches = batches_of(examples_for(model, 12, shortest=6, longest=6), 6)

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning import ranking, selection
-from fish_tuning.mask import FishMask
-from fish_tuning.selection import (
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.selection.select import (
     create_mask_from_fisher,
     magnitude_scores,
     random_scores,
+    ranking,
     reversed_scores,
 )
+from fish_tuning.selection.select import select as selection
 
 SCOPES = ("global", "per_tensor", "balanced")
 
@@ -212,7 +213,7 @@ def test_keep_ratio_is_of_the_pool():
 def test_zero_ties_are_reported(caplog):
     """Guards a choice among scores that say nothing, made in silence."""
     scores = {"m.lora_A.w": torch.zeros(10), "m.lora_B.w": torch.ones(4)}
-    with caplog.at_level(logging.WARNING, "fish_tuning.selection"):
+    with caplog.at_level(logging.WARNING, "fish_tuning.selection.select"):
         mask = create_mask_from_fisher(scores, num_trainable=7)
     (record,) = caplog.records
     assert "10 entries tie at score 0" in record.getMessage()
@@ -224,7 +225,7 @@ def test_zero_ties_are_reported(caplog):
 def test_other_ties_are_reported(caplog):
     """Guards the tie report per tensor: one line in all, without the advice for zeros."""
     scores = {"a": torch.full((10,), 0.25), "b": torch.full((10,), -2.0)}
-    with caplog.at_level(logging.INFO, "fish_tuning.selection"):
+    with caplog.at_level(logging.INFO, "fish_tuning.selection.select"):
         create_mask_from_fisher(scores, 0.5, scope="per_tensor")
     (record,) = caplog.records
     assert record.levelno == logging.INFO
@@ -235,7 +236,7 @@ def test_other_ties_are_reported(caplog):
 
 def test_no_report_where_scores_decide(caplog):
     """Guards false alarms: ties that are taken whole leave nothing to position."""
-    with caplog.at_level(logging.INFO, "fish_tuning.selection"):
+    with caplog.at_level(logging.INFO, "fish_tuning.selection.select"):
         create_mask_from_fisher({"a": torch.zeros(10), "b": torch.ones(4)}, num_trainable=4)
         create_mask_from_fisher({"a": torch.zeros(10)}, keep_ratio=1.0)
     assert not caplog.records

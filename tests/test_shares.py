@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning.selection import create_mask_from_fisher, random_scores, reversed_scores
-from fish_tuning.shares import proportional, shares_of
+from fish_tuning.selection.select import create_mask_from_fisher, random_scores, reversed_scores
+from fish_tuning.selection.shares import proportional, shares_of
 
 A, B = "m.0.lora_A.default.weight", "m.0.lora_B.default.weight"
 A2, B2 = "m.1.lora_A.default.weight", "m.1.lora_B.default.weight"

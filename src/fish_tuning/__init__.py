@@ -4,11 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fish_tuning.alignment import align_with_fisher
     from fish_tuning.config import FishConfig, get_fish_model
-    from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
     from fish_tuning.mask import FishMask
     from fish_tuning.packing import load_packed, pack, unpack
+    from fish_tuning.scoring import (
+        align_with_fisher,
+        calculate_fisher_information,
+        score_with_perturbed_b,
+    )
     from fish_tuning.selection import (
         create_mask_from_fisher,
         magnitude_scores,
@@ -46,9 +49,9 @@ _HOMES = {
     "FishMask": "mask",
     "FishTuningCallback": "trainer",
     "FishTuningTrainer": "trainer",
-    "align_with_fisher": "alignment",
+    "align_with_fisher": "scoring",
     "apply_mask": "sparse",
-    "calculate_fisher_information": "fisher",
+    "calculate_fisher_information": "scoring",
     "create_mask_from_fisher": "selection",
     "get_fish_model": "config",
     "get_mask": "sparse",
@@ -58,7 +61,7 @@ _HOMES = {
     "random_scores": "selection",
     "remove_mask": "sparse",
     "reversed_scores": "selection",
-    "score_with_perturbed_b": "fisher",
+    "score_with_perturbed_b": "scoring",
     "unpack": "packing",
 }
 

@@ -7,22 +7,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from fish_tuning.alignment import align_with_fisher
-from fish_tuning.batches import Batch
 from fish_tuning.distributed import check_maskable
-from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
-from fish_tuning.lora import side_of
-from fish_tuning.mask import FishMask
-from fish_tuning.objective import Estimator, LossFunction
-from fish_tuning.selection import (
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.scoring.alignment import align_with_fisher
+from fish_tuning.scoring.batches import Batch
+from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
+from fish_tuning.scoring.objective import Estimator, LossFunction
+from fish_tuning.selection.lora import side_of
+from fish_tuning.selection.select import (
     create_mask_from_fisher,
     magnitude_scores,
     pool_and_quota,
     random_scores,
     reversed_scores,
 )
-from fish_tuning.shares import Scope
-from fish_tuning.sparse import apply_mask, get_mask
+from fish_tuning.selection.shares import Scope
+from fish_tuning.sparse.apply import apply_mask, get_mask
 
 Criterion = Literal["fisher", "reversed", "random", "magnitude"]
 ScoringPoint = Literal["start", "perturbed"]

@@ -1,12 +1,14 @@
 """Several processes of torch.distributed: one calibration set and one model, shared work."""
 
+from __future__ import annotations
+
 import functools
 import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fish_tuning.batches import Batch
+if TYPE_CHECKING:
+    from fish_tuning.scoring.batches import Batch
 
 
 class Processes:

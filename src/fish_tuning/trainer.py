@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fish_tuning.mask import FishMask
-from fish_tuning.publishing import describe_in_trainers_cards, saves_itself, write_mask
-from fish_tuning.sparse import apply_mask, get_mask, masked_parameters
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.apply import apply_mask, get_mask, masked_parameters
+from fish_tuning.sparse.publishing import describe_in_trainers_cards, saves_itself, write_mask
 
 logger = logging.getLogger(__name__)
 

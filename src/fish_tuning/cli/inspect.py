@@ -13,7 +13,7 @@ from fish_tuning.cli.terminal import quiet_libraries, stdout, user_errors
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fish_tuning.mask import FishMask
+    from fish_tuning.mask.mask import FishMask
 
 MASK_FILE = "fish_mask.json"
 PICTURE_FILE = "fish_mask.png"
@@ -44,7 +44,7 @@ def inspect(
         home = _find_mask(folder)
         quiet_libraries()
 
-        from fish_tuning.mask import FishMask
+        from fish_tuning.mask.mask import FishMask
 
         mask = FishMask.from_pretrained(home)
         stdout().print(str(home), markup=False, soft_wrap=True)

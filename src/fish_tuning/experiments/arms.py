@@ -211,8 +211,8 @@ def arm_counts(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, Counts
 
 def _checked_budget(config: ExperimentConfig, arm: Arm, baseline: Counts, model: nn.Module) -> int:
     """What a masked arm trains, of a model with the adapter that it selects from."""
-    from fish_tuning.selection import pool_and_quota
-    from fish_tuning.sparse import check_gradients_unused
+    from fish_tuning.selection.select import pool_and_quota
+    from fish_tuning.sparse.apply import check_gradients_unused
 
     assert arm.ratio is not None
     ratio, budget = arm.ratio, round(arm.ratio * baseline.trainable)
@@ -294,7 +294,7 @@ def add_adapter(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refused(arm, config, model, error) from error
     if arm.name == LORA_FA and arm.adapter is None:
-        from fish_tuning.lora import side_of
+        from fish_tuning.selection.lora import side_of
 
         for name, parameter in adapted.named_parameters():
             if side_of(name) == "A":
@@ -389,7 +389,7 @@ def _unusual_head(model: PreTrainedModel) -> list[str] | None:
 
 def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
     """The rank at which B alone holds as nearly as possible what LoRA's A and B hold."""
-    from fish_tuning.lora import side_of
+    from fish_tuning.selection.lora import side_of
 
     sizes = {"A": 0, "B": 0, "": 0}
     adapted = _meta_peft_model(config, _baseline(config), model.config.num_labels or 2)

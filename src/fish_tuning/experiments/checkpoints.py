@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from fish_tuning.mask import FishMask
+from fish_tuning.mask.mask import FishMask
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from fish_tuning.experiments.statistics import Group, spread
 from fish_tuning.experiments.svg import TEXT, figure_style, shorten
 
 if TYPE_CHECKING:
-    from fish_tuning.mask import FishMask
+    from fish_tuning.mask.mask import FishMask
 
 # Readable on white and on near-black alike.
 _COLORS = (

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from fish_tuning.alignment import align_with_fisher
 from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
 from fish_tuning.experiments.measurements import snapshot
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.schema import Criterion, ExperimentConfig, SelectionRule
-from fish_tuning.fisher import calculate_fisher_information, score_with_perturbed_b
-from fish_tuning.lora import side_of
-from fish_tuning.mask import FishMask
-from fish_tuning.selection import (
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.scoring.alignment import align_with_fisher
+from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
+from fish_tuning.selection.lora import side_of
+from fish_tuning.selection.select import (
     create_mask_from_fisher,
     random_scores,
     reversed_scores,

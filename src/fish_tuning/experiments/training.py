@@ -43,7 +43,7 @@ from fish_tuning.experiments.models import load_model
 from fish_tuning.experiments.results import Run, TensorDensity
 from fish_tuning.experiments.schema import ExperimentConfig
 from fish_tuning.experiments.scoring import Selection, prepare_start, select
-from fish_tuning.mask import FishMask
+from fish_tuning.mask.mask import FishMask
 from fish_tuning.trainer import FishTuningTrainer
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fish_tuning.mask import JSON_FILE, FishMask
+from fish_tuning.mask.mask import JSON_FILE, FishMask
 from fish_tuning.packing.packed_file import (
     PackedFile,
     Rounding,

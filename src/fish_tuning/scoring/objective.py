@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fish_tuning.batches import IGNORED, LABELS, Batch, Forward, batch_size, take, without_padding
-from fish_tuning.likelihood import (
+from fish_tuning.scoring.batches import (
+    IGNORED,
+    LABELS,
+    Batch,
+    Forward,
+    batch_size,
+    take,
+    without_padding,
+)
+from fish_tuning.scoring.likelihood import (
     LIKELIHOODS,
     Likelihood,
     Regression,

@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fish_tuning.card import write_card
-from fish_tuning.holder import holder_of
+from fish_tuning.mask.card import write_card
+from fish_tuning.sparse.holder import holder_of
 
 _CARD = "create_model_card"
 """What every Trainer writes its card with, over the one that the model has saved."""

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.batches import Batch
-from fish_tuning.calibration import check_choice, mean_over_examples, trainable_parameters
 from fish_tuning.distributed import unwrapped
-from fish_tuning.likelihood import TokenReduction
-from fish_tuning.lora import opposite_side, side_of
-from fish_tuning.objective import Estimator, LossFunction
-from fish_tuning.reduction import Entrywise
+from fish_tuning.per_example.reduction import Entrywise
+from fish_tuning.scoring.batches import Batch
+from fish_tuning.scoring.calibration import check_choice, mean_over_examples, trainable_parameters
+from fish_tuning.scoring.likelihood import TokenReduction
+from fish_tuning.scoring.objective import Estimator, LossFunction
+from fish_tuning.selection.lora import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.lora import select_features, select_ranks
-from fish_tuning.mask import FishMask
-from fish_tuning.ranking import Tie, highest
-from fish_tuning.shares import Scope, shares_of
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.selection.lora import select_features, select_ranks
+from fish_tuning.selection.ranking import Tie, highest
+from fish_tuning.selection.shares import Scope, shares_of
 
 logger = logging.getLogger(__name__)
 

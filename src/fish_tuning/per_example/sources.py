@@ -7,8 +7,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fish_tuning.recomputed import Recomputed
-from fish_tuning.rules import Rule, embedding_weight, rule_for
+from fish_tuning.per_example.closed_forms import Rule, embedding_weight, rule_for
+from fish_tuning.per_example.recomputed import Recomputed
 
 
 class NoRuleError(Exception):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from fish_tuning.memory import is_out_of_memory
+from fish_tuning.per_example.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.batches import Batch, batch_size, take
-from fish_tuning.memory import is_out_of_memory
-from fish_tuning.objective import Objective
-from fish_tuning.per_example import Added, PerExampleGradients
-from fish_tuning.reduction import Reduction
-from fish_tuning.sources import NoRuleError
+from fish_tuning.per_example.gradients import Added, PerExampleGradients
+from fish_tuning.per_example.memory import is_out_of_memory
+from fish_tuning.per_example.reduction import Reduction
+from fish_tuning.per_example.sources import NoRuleError
+from fish_tuning.scoring.batches import Batch, batch_size, take
+from fish_tuning.scoring.objective import Objective
 
 logger = logging.getLogger(__name__)
 

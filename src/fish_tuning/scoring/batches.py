@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftMixedModel
 from torch import Tensor, nn
 
-from fish_tuning.devices import device_of
+from fish_tuning.engines import device_of
 
 logger = logging.getLogger(__name__)
 

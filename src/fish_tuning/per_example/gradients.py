@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.memory import is_out_of_memory
-from fish_tuning.prompts import one_prompt
-from fish_tuning.reduction import Entrywise, Reduction, precision
-from fish_tuning.rules import embedding_rows
-from fish_tuning.sources import Group, NoRuleError, Sources
+from fish_tuning.per_example.closed_forms import embedding_rows
+from fish_tuning.per_example.memory import is_out_of_memory
+from fish_tuning.per_example.prompts import one_prompt
+from fish_tuning.per_example.reduction import Entrywise, Reduction, precision
+from fish_tuning.per_example.sources import Group, NoRuleError, Sources
 
 CHUNK_ENTRIES = 2**24
 """Entries of per-example gradients alive at once: wide layers go a few examples at a time."""

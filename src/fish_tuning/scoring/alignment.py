@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.batches import Batch
-from fish_tuning.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.distributed import unwrapped
-from fish_tuning.fisher import zero_sides_perturbed
-from fish_tuning.lora import opposite_side, side_of
-from fish_tuning.reduction import RowMoments
+from fish_tuning.per_example.reduction import RowMoments
+from fish_tuning.scoring.batches import Batch
+from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
+from fish_tuning.scoring.fisher import zero_sides_perturbed
+from fish_tuning.selection.lora import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 

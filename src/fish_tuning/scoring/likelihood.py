@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fish_tuning.batches import IGNORED
+from fish_tuning.scoring.batches import IGNORED
 
 TokenReduction = Literal["mean", "sum"]
 

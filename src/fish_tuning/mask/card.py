@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.mask import BITS_FILE, JSON_FILE, FishMask
+from fish_tuning.mask.mask import BITS_FILE, JSON_FILE, FishMask
 
 logger = logging.getLogger(__name__)
 

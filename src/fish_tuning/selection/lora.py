@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fish_tuning.ranking import Tie, highest
+from fish_tuning.selection.ranking import Tie, highest
 
 LORA_SIDE = re.compile(r"(?:^|\.)lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.|$)")
 

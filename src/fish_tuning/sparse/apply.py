@@ -11,11 +11,11 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from fish_tuning.devices import check_in_memory
 from fish_tuning.distributed import check_equal, check_maskable
-from fish_tuning.holder import HOLDER, Holder, holder_of
-from fish_tuning.mask import FishMask
-from fish_tuning.publishing import accompany, leave_alone
+from fish_tuning.engines import check_in_memory
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.holder import HOLDER, Holder, holder_of
+from fish_tuning.sparse.publishing import accompany, leave_alone
 
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:

@@ -1,0 +1,1 @@
+"""The gradient of each example, in one backward pass."""
