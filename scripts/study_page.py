@@ -14,11 +14,8 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from fish_tuning.experiments.comparison import format_spread
-from fish_tuning.experiments.report import csv_table
-from fish_tuning.experiments.results import Results, Run, read_results
-from fish_tuning.experiments.search import chosen_learning_rates
-from fish_tuning.experiments.statistics import (
+from fish_tuning.experiments.report.comparison import format_spread
+from fish_tuning.experiments.report.statistics import (
     Difference,
     Group,
     group_runs,
@@ -26,7 +23,10 @@ from fish_tuning.experiments.statistics import (
     pooled_difference,
     spread,
 )
-from fish_tuning.experiments.svg import TEXT, figure_style
+from fish_tuning.experiments.report.svg import TEXT, figure_style
+from fish_tuning.experiments.report.write import csv_table
+from fish_tuning.experiments.results import Results, Run, read_results
+from fish_tuning.experiments.runs.search import chosen_learning_rates
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text", "mrpc", "cola")

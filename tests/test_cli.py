@@ -297,9 +297,9 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, outcome) -> list[tuple]:
         calls.append((config, name, ray_cpus))
         return outcome()
 
-    module = types.ModuleType("fish_tuning.experiments.run")
+    module = types.ModuleType("fish_tuning.experiments.runs.run")
     module.run_experiment = run_experiment
-    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.run", module)
+    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.runs.run", module)
     return calls
 
 
@@ -484,10 +484,10 @@ def test_notices_are_shown_once(project, monkeypatch):
 
 def test_missing_extra_is_one_line(project, monkeypatch):
     """Guards an installation without the extra against a traceback."""
-    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.data", None)
-    monkeypatch.delitem(sys.modules, "fish_tuning.experiments.data")
+    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.data.load", None)
+    monkeypatch.delitem(sys.modules, "fish_tuning.experiments.data.load")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for name in [n for n in sys.modules if n.startswith("fish_tuning.experiments.data")]:
+    for name in [n for n in sys.modules if n.startswith("fish_tuning.experiments.data.load")]:
         monkeypatch.delitem(sys.modules, name)
     result = invoke("run", "base_config.yaml")
     assert result.exit_code == 2

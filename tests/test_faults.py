@@ -25,7 +25,7 @@ from fish_tuning import (
     remove_mask,
 )
 from fish_tuning.atomic import write_atomically, write_new_folder_atomically
-from fish_tuning.experiments.config import load_config
+from fish_tuning.experiments.config.load import load_config
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import Results, read_results, write_json
 from fish_tuning.packing import pack, unpack

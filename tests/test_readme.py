@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fish_tuning.cli import main
-from fish_tuning.experiments.config import load_config
+from fish_tuning.experiments.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fish_tuning.experiments.config import load_config
+from fish_tuning.experiments.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study"

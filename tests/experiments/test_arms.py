@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig
 
 from fish_tuning.experiments import arms as arms_module
-from fish_tuning.experiments import training
 from fish_tuning.experiments.arms import (
     add_adapter,
     arm_counts,
@@ -21,10 +20,11 @@ from fish_tuning.experiments.arms import (
     trainable_counts,
     trainable_tensors,
 )
-from fish_tuning.experiments.config import load_config
-from fish_tuning.experiments.data import load_data
+from fish_tuning.experiments.config.load import load_config
+from fish_tuning.experiments.data.load import load_data
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models import load_model, load_tokenizer, meta_model
+from fish_tuning.experiments.models.load import load_model, load_tokenizer, meta_model
+from fish_tuning.experiments.runs import training
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiments"

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from fish_tuning.experiments.config import (
+from fish_tuning.experiments.config.load import (
     ConfigError,
     ExperimentConfig,
     check_output_dir,
     load_config,
 )
-from fish_tuning.experiments.schema import PeerConfig
-from fish_tuning.experiments.training_args import DEFAULT_ARGS, argument_types, peft_methods
-from fish_tuning.experiments.yaml_file import parse_yaml
+from fish_tuning.experiments.config.schema import PeerConfig
+from fish_tuning.experiments.config.training_args import DEFAULT_ARGS, argument_types, peft_methods
+from fish_tuning.experiments.config.yaml_file import parse_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted((CONFIGS / "experiments").glob("*.yaml"))
@@ -477,7 +477,7 @@ def test_digest(tmp_path):
 def test_digest_does_not_depend_on_the_process(tmp_path):
     """Guards against Python's randomised hash in the digest."""
     path = written(tmp_path)
-    code = "import sys; from fish_tuning.experiments.config import load_config as l; "
+    code = "import sys; from fish_tuning.experiments.config.load import load_config as l; "
     code += "print(l(sys.argv[1]).digest(), 'torch' in sys.modules, 'transformers' in sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True

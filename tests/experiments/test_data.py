@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-import fish_tuning.experiments.data as data_module
-from fish_tuning.experiments.data import load_data, tokenize
+import fish_tuning.experiments.data.load as data_module
+from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.data.load import load_data, tokenize
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.schema import DatasetConfig
 
 TEXTS = [f"sentence number {i} of them" for i in range(12)]
 
@@ -271,7 +271,7 @@ def test_installed_text(monkeypatch):
     """Guards the packaged data set's special name."""
     split = Dataset.from_dict({"text": ["a b", "c d"], "label": [0, 1]})
     monkeypatch.setattr(
-        "fish_tuning.experiments.installed_text.load_installed_text",
+        "fish_tuning.experiments.data.installed_text.load_installed_text",
         lambda: DatasetDict({"train": split, "validation": split}),
     )
     assert load(name="installed_text").text_columns == ("text",)

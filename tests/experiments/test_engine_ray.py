@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import RESULTS_FILE
-from fish_tuning.experiments.run import run_experiment
+from fish_tuning.experiments.runs.run import run_experiment
 from tests.experiments.test_run import comparable
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
@@ -80,7 +80,7 @@ def dies(arm, *args):
 
 def test_a_process_that_is_lost(files, tmp_path, monkeypatch):
     """Guards the other runs, and the record, against one whose process is killed."""
-    from fish_tuning.experiments import engine_ray
+    from fish_tuning.experiments.runs import engine_ray
 
     monkeypatch.setattr(engine_ray, "_carry_out", dies)
     config = experiment(*files, tmp_path, **ARMS)

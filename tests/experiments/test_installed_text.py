@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fish_tuning.experiments import installed_text
-from fish_tuning.experiments.installed_text import (
+from fish_tuning.experiments.data.installed_text import (
     DEFAULT_PACKAGES,
     MAX_CHARS,
     MIN_CHARS,
     _normalise,
     load_installed_text,
 )
+from fish_tuning.experiments.data.load import installed_text
 
 WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour", "island")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fish_tuning.experiments import minilm
+from fish_tuning.experiments.models.load import minilm
 
 
 def fake_wheel(folder: Path, weights: bytes | None) -> Path:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import BertConfig, ViTConfig
 
-from fish_tuning.experiments import models
+from fish_tuning.experiments.config.schema import ModelConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models import (
+from fish_tuning.experiments.models.load import load as models
+from fish_tuning.experiments.models.load import (
     load_model,
     load_tokenizer,
     meta_model,
     quantization_options,
 )
-from fish_tuning.experiments.schema import ModelConfig
 from tests.experiments.tiny_experiment import write_bert, write_llama
 
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fish_tuning.cli import main
-from fish_tuning.experiments.config import ConfigError, load_config
+from fish_tuning.experiments.config.load import ConfigError, load_config
 from fish_tuning.experiments.plan import PlannedArm, optimizer_steps, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imread
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.plots import (
+from fish_tuning.experiments.report.figures import (
     density_figure,
     mask_figure,
     metric_by_arm,
@@ -21,9 +21,9 @@ from fish_tuning.experiments.plots import (
     training_loss,
     validation_curve,
 )
+from fish_tuning.experiments.report.statistics import group_runs
+from fish_tuning.experiments.report.svg import to_svg
 from fish_tuning.experiments.results import ScoreHistogram, TensorDensity
-from fish_tuning.experiments.statistics import group_runs
-from fish_tuning.experiments.svg import to_svg
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
 
 

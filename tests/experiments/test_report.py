@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fish_tuning.experiments.comparison import compare, pooled_table
-from fish_tuning.experiments.report import csv_table, markdown_report, write_report
-from fish_tuning.experiments.report_html import html_report
+from fish_tuning.experiments.report.comparison import compare, pooled_table
+from fish_tuning.experiments.report.document import results_document
+from fish_tuning.experiments.report.html import html_report
+from fish_tuning.experiments.report.write import csv_table, markdown_report, write_report
 from fish_tuning.experiments.results import Results
-from fish_tuning.experiments.results_doc import results_document
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
 
 EVIL = "<script>alert('x')</script>|`$1$`\"onload=\"[a](http://b) \u2028&amp;"

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fish_tuning import FishMask
-from fish_tuning.experiments import run as run_module
-from fish_tuning.experiments import scoring, training
+from fish_tuning.experiments.runs import run as run_module
 from fish_tuning.experiments.arms import planned
+from fish_tuning.experiments.config.schema import AFTER_WARMUP
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models import load_model, load_tokenizer
+from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
-from fish_tuning.experiments.run import run_experiment
-from fish_tuning.experiments.schema import AFTER_WARMUP
+from fish_tuning.experiments.runs import scoring, training
+from fish_tuning.experiments.runs.run import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
 
 TIMES = {"train_seconds", "score_seconds", "peak_memory_bytes", "started_at", "finished_at"}
@@ -509,7 +509,7 @@ def _killed_until_done(context, folder, config, kills, seconds, draw):
 
 def _compare_with_undisturbed(tmp_path, config, kills):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fish_tuning.experiments.run"])
+    context.set_forkserver_preload(["fish_tuning.experiments.runs.run"])
     draw = random.Random(os.getpid())
     _killed_until_done(context, tmp_path / "warm", config, 0, 0, draw)
     began = time.monotonic()

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.schema_doc import configuration_document
+from fish_tuning.experiments.config.document import configuration_document
+from fish_tuning.experiments.config.schema import ExperimentConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 def test_page_is_up_to_date():
     """Guards the page against a schema that has moved on."""
     assert PAGE.read_text(encoding="utf-8") == configuration_document(), (
-        "run: python -m fish_tuning.experiments.schema_doc > docs/configuration.md"
+        "run: python -m fish_tuning.experiments.config.document > docs/configuration.md"
     )
 
 

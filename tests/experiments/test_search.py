@@ -7,13 +7,13 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from fish_tuning.experiments.arms import planned, searched
-from fish_tuning.experiments.data import hold_out
+from fish_tuning.experiments.data.load import hold_out
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.plan import plan
-from fish_tuning.experiments.report import markdown_report
+from fish_tuning.experiments.report.write import markdown_report
 from fish_tuning.experiments.results import Run
-from fish_tuning.experiments.run import run_experiment
-from fish_tuning.experiments.search import chosen_learning_rates
+from fish_tuning.experiments.runs.run import run_experiment
+from fish_tuning.experiments.runs.search import chosen_learning_rates
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}

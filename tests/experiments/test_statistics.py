@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fish_tuning.experiments.statistics import (
+from fish_tuning.experiments.report.statistics import (
     baseline_of,
     group_runs,
     paired_difference,

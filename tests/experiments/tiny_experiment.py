@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.yaml_file import merge
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.yaml_file import merge
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -23,7 +23,7 @@ import torch
 from hypothesis import strategies as st
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.config import load_config
+from fish_tuning.experiments.config.load import load_config
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import read_results, write_json
 from fish_tuning.mask.mask import BITS_FILE, JSON_FILE

@@ -54,7 +54,7 @@ def inspect(
         )
         stdout().print(density_table(mask))
 
-        from fish_tuning.experiments.plots import save_mask_picture
+        from fish_tuning.experiments.report.figures import save_mask_picture
 
         path = picture or home / PICTURE_FILE
         save_mask_picture(mask, path)
@@ -63,7 +63,7 @@ def inspect(
 
 def _find_mask(folder: Path) -> Path:
     """Return the folder of the one mask at or below a folder."""
-    from fish_tuning.experiments.config import ConfigError
+    from fish_tuning.experiments.config.load import ConfigError
 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is no folder; name that of a mask, an adapter or a run")

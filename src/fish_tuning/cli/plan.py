@@ -6,8 +6,8 @@ from fish_tuning.cli.terminal import ConfigFile, Overrides, quiet_libraries, std
 def plan(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Show budgets, trainable counts and steps, without weights and without training."""
     with user_errors():
-        from fish_tuning.experiments.checks import check_model, check_training_args
-        from fish_tuning.experiments.config import load_config
+        from fish_tuning.experiments.config.load import load_config
+        from fish_tuning.experiments.runs.preflight import check_model, check_training_args
 
         config = load_config(config_file, overrides or [])
         quiet_libraries()

@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Rebuild the report of one sweep, or write one over several."""
     with user_errors():
-        from fish_tuning.experiments.config import ConfigError
+        from fish_tuning.experiments.config.load import ConfigError
         from fish_tuning.experiments.results import read_results
 
         if output is None and len(folders) > 1:
@@ -34,7 +34,7 @@ def report(
         home = folders[0] if folders[0].is_dir() else folders[0].parent
         quiet_libraries()
 
-        from fish_tuning.experiments.report import write_report
+        from fish_tuning.experiments.report.write import write_report
 
         for path in write_report(results, output or home):
             stdout().print(str(path), markup=False, soft_wrap=True)

@@ -25,8 +25,8 @@ from fish_tuning.cli.terminal import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fish_tuning.experiments.config.schema import ExperimentConfig
     from fish_tuning.experiments.results import Results
-    from fish_tuning.experiments.schema import ExperimentConfig
 
 
 def run(
@@ -93,8 +93,8 @@ def _check_ray(ray: bool, cpus_per_run: int | None, num_processes: int) -> None:
 
 
 def _checked(config_file: Path, overrides: list[str]) -> ExperimentConfig:
-    from fish_tuning.experiments.checks import check_before_run, check_local_data
-    from fish_tuning.experiments.config import load_config
+    from fish_tuning.experiments.config.load import load_config
+    from fish_tuning.experiments.runs.preflight import check_before_run, check_local_data
 
     config = load_config(config_file, overrides)
     quiet_libraries()
@@ -125,9 +125,9 @@ def _launch(words: list[str], num_processes: int) -> None:
 
 
 def _run(config: ExperimentConfig, name: str, ray_cpus: int | None) -> None:
-    from fish_tuning.experiments import processes
-    from fish_tuning.experiments.report import write_report
-    from fish_tuning.experiments.run import run_experiment
+    from fish_tuning.experiments.report.write import write_report
+    from fish_tuning.experiments.runs import processes
+    from fish_tuning.experiments.runs.run import run_experiment
 
     results = run_experiment(config, name=name, ray_cpus=ray_cpus)
     main = processes.is_main()
@@ -152,7 +152,7 @@ def _table(results: Results) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from fish_tuning.experiments.comparison import compare
+    from fish_tuning.experiments.report.comparison import compare
 
     comparison = compare(results)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

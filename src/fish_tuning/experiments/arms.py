@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.schema import (
+from fish_tuning.experiments.config.schema import (
     ORIGINAL_LORA,
     AdapterConfig,
     Criterion,
@@ -19,6 +18,7 @@ from fish_tuning.experiments.schema import (
     PeerConfig,
     VariantConfig,
 )
+from fish_tuning.experiments.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -337,7 +337,7 @@ def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _meta_peft_model(config: ExperimentConfig, arm: Arm, num_labels: int) -> nn.Module:
     import torch
 
-    from fish_tuning.experiments.models import meta_model
+    from fish_tuning.experiments.models.load import meta_model
 
     try:
         with torch.device("meta"):

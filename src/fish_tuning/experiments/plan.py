@@ -12,8 +12,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 
 from fish_tuning.experiments.arms import arm_counts, searched
+from fish_tuning.experiments.config.schema import ORIGINAL_LORA, ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.schema import ORIGINAL_LORA, ExperimentConfig
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _data(config: ExperimentConfig) -> tuple[int, int | None, str]:
         source = "the hub" if config.dataset.load_args else "the installed packages"
         return known, None, f"the data of {source} is not read for a plan"
 
-    from fish_tuning.experiments.data import load_data
+    from fish_tuning.experiments.data.load import load_data
 
     try:
         data = load_data(config.dataset)

@@ -24,15 +24,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fish_tuning.experiments import environment, processes, training
 from fish_tuning.experiments.arms import Arm, ArmKey, arm_counts, planned, searched
-from fish_tuning.experiments.checks import check_model, check_training_args
-from fish_tuning.experiments.config import check_output_dir
-from fish_tuning.experiments.data import load_data, tokenize
+from fish_tuning.experiments.config.load import check_output_dir
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.data.load import load_data, tokenize
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.measurements import Report
 from fish_tuning.experiments.metrics import KNOWN_METRICS
-from fish_tuning.experiments.models import load_tokenizer, quantization_options
+from fish_tuning.experiments.models.load import load_tokenizer, quantization_options
 from fish_tuning.experiments.results import (
     RESULTS_FILE,
     RUN_FILE,
@@ -42,8 +40,10 @@ from fish_tuning.experiments.results import (
     read_run,
     write_json,
 )
-from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.search import LOSS, chosen_learning_rates
+from fish_tuning.experiments.runs import environment, processes, training
+from fish_tuning.experiments.runs.measurements import Report
+from fish_tuning.experiments.runs.preflight import check_model, check_training_args
+from fish_tuning.experiments.runs.search import LOSS, chosen_learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def run_experiment(config: ExperimentConfig, *, name: str, ray_cpus: int | None 
         config: The experiment.
         name: Its name in the results.
         ray_cpus: Cores of each run, several of which are then trained at a time as tasks of Ray
-            (`fish_tuning.experiments.engine_ray`). None trains one after the other, here.
+            (`fish_tuning.experiments.runs.engine_ray`). None trains one after the other, here.
 
     Returns:
         The records of all runs.
@@ -151,7 +151,7 @@ def _engine(ray_cpus: int | None) -> Iterator[Engine]:
     if ray_cpus is None:
         yield _in_turn
         return
-    from fish_tuning.experiments.engine_ray import over_ray
+    from fish_tuning.experiments.runs.engine_ray import over_ray
 
     with over_ray(ray_cpus) as engine:
         yield engine

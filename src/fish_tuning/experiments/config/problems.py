@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fish_tuning.experiments.schema import ExperimentConfig, PeerConfig, VariantConfig
-from fish_tuning.experiments.training_args import FieldProblems, argument_types
+from fish_tuning.experiments.config.schema import ExperimentConfig, PeerConfig, VariantConfig
+from fish_tuning.experiments.config.training_args import FieldProblems, argument_types
 
 
 def describe(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:

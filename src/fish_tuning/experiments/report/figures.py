@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fish_tuning.atomic import write_atomically
+from fish_tuning.experiments.report.statistics import Group, spread
+from fish_tuning.experiments.report.svg import TEXT, figure_style, shorten
 from fish_tuning.experiments.results import TensorDensity
-from fish_tuning.experiments.statistics import Group, spread
-from fish_tuning.experiments.svg import TEXT, figure_style, shorten
 
 if TYPE_CHECKING:
     from fish_tuning.mask.mask import FishMask

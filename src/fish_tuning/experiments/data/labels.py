@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fish_tuning.experiments.config.schema import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics import Task
-from fish_tuning.experiments.schema import DatasetConfig
 
 # With more classes than this share of the rows, and this many rows, it is no label column.
 _DISTINCT_SHARE, _ENOUGH_ROWS = 0.5, 20

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
-from fish_tuning.experiments.measurements import snapshot
+from fish_tuning.experiments.config.schema import Criterion, ExperimentConfig, SelectionRule
 from fish_tuning.experiments.results import ScoreHistogram, write_json
-from fish_tuning.experiments.schema import Criterion, ExperimentConfig, SelectionRule
+from fish_tuning.experiments.runs.measurements import snapshot
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.alignment import align_with_fisher
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b

@@ -26,7 +26,6 @@ from transformers import (
     set_seed,
 )
 
-from fish_tuning.experiments import environment, processes
 from fish_tuning.experiments.arms import (
     Arm,
     ArmKey,
@@ -34,15 +33,16 @@ from fish_tuning.experiments.arms import (
     add_adapter,
     trainable_tensors,
 )
-from fish_tuning.experiments.checkpoints import DatedByStep, newest_complete
-from fish_tuning.experiments.data import TaskData, hold_out
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.data.load import TaskData, hold_out
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.measurements import Measurements, Report, snapshot
 from fish_tuning.experiments.metrics import compute_metrics_for, greater_is_better, main_metric
-from fish_tuning.experiments.models import load_model
+from fish_tuning.experiments.models.load import load_model
 from fish_tuning.experiments.results import Run, TensorDensity
-from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.scoring import Selection, prepare_start, select
+from fish_tuning.experiments.runs import environment, processes
+from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
+from fish_tuning.experiments.runs.measurements import Measurements, Report, snapshot
+from fish_tuning.experiments.runs.scoring import Selection, prepare_start, select
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.trainer import FishTuningTrainer
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fish_tuning.experiments.config.schema import ORIGINAL_LORA
 from fish_tuning.experiments.metrics import KNOWN_METRICS, greater_is_better
-from fish_tuning.experiments.results import Results, Run
-from fish_tuning.experiments.schema import ORIGINAL_LORA
-from fish_tuning.experiments.statistics import (
+from fish_tuning.experiments.report.statistics import (
     RESAMPLES,
     Difference,
     Group,
@@ -22,6 +21,7 @@ from fish_tuning.experiments.statistics import (
     pooled_difference,
     spread,
 )
+from fish_tuning.experiments.results import Results, Run
 
 MISSING = "n/a"
 OVER_ALL = "Over all experiments, each counting the same"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fish_tuning.experiments import processes
+from fish_tuning.experiments.runs import processes
 
 _PACKAGES = (
     "fish-tuning",

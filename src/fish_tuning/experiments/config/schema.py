@@ -19,14 +19,14 @@ from pydantic import (
     model_validator,
 )
 
-from fish_tuning.experiments.metrics import KNOWN_METRICS, Task
-from fish_tuning.experiments.tasks import KnownTask, known_task
-from fish_tuning.experiments.training_args import (
+from fish_tuning.experiments.config.training_args import (
     DEFAULT_ARGS,
     FieldProblems,
     check_args,
     peft_methods,
 )
+from fish_tuning.experiments.metrics import KNOWN_METRICS, Task
+from fish_tuning.experiments.tasks import KnownTask, known_task
 
 MINILM = "minilm"
 """The `model.name` of the MiniLM that comes as a wheel."""

@@ -9,7 +9,7 @@ from string import Template
 
 from matplotlib.figure import Figure
 
-from fish_tuning.experiments.comparison import (
+from fish_tuning.experiments.report.comparison import (
     LEARNING_RATES,
     MISSING,
     OVER_ALL,
@@ -21,7 +21,7 @@ from fish_tuning.experiments.comparison import (
     pooled_table,
     shared_notes,
 )
-from fish_tuning.experiments.plots import (
+from fish_tuning.experiments.report.figures import (
     density_figure,
     metric_by_arm,
     score_distribution,
@@ -29,9 +29,9 @@ from fish_tuning.experiments.plots import (
     training_loss,
     validation_curve,
 )
+from fish_tuning.experiments.report.statistics import Group, percent
+from fish_tuning.experiments.report.svg import to_svg
 from fish_tuning.experiments.results import Results, Run
-from fish_tuning.experiments.statistics import Group, percent
-from fish_tuning.experiments.svg import to_svg
 
 _PAGE = Template("""\
 <!DOCTYPE html>

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from fish_tuning.experiments.config.schema import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.schema import DatasetConfig
 
 _FORMATS = {
     ".csv": "csv",

@@ -1,6 +1,6 @@
 """The documentation of the config file, from the schema's own descriptions.
 
-Run `python -m fish_tuning.experiments.schema_doc > docs/configuration.md` after a change.
+Run `python -m fish_tuning.experiments.config.document > docs/configuration.md` after a change.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel
 
-from fish_tuning.experiments.schema import ExperimentConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
 
 _INTRODUCTION = """\
 # Configuration
 
-This file is generated: `python -m fish_tuning.experiments.schema_doc > docs/configuration.md`.
+This file is generated: `python -m fish_tuning.experiments.config.document > docs/configuration.md`.
 
 One YAML file describes one experiment. This one is complete, everything else has a default:
 

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.experiments.comparison import (
+from fish_tuning.experiments.report.comparison import (
     LEARNING_RATES,
     OVER_ALL,
     compare,
@@ -22,7 +22,7 @@ from fish_tuning.experiments.comparison import (
     pooled_table,
     shared_notes,
 )
-from fish_tuning.experiments.report_html import html_report
+from fish_tuning.experiments.report.html import html_report
 from fish_tuning.experiments.results import Results, Run
 
 CSV_FILE = "results.csv"

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fish_tuning.experiments.config.problems import describe
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.training_args import DEFAULT_ARGS, rename_old
+from fish_tuning.experiments.config.yaml_file import merge, parse_override, read_yaml
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.problems import describe
-from fish_tuning.experiments.schema import ExperimentConfig
-from fish_tuning.experiments.training_args import DEFAULT_ARGS, rename_old
-from fish_tuning.experiments.yaml_file import merge, parse_override, read_yaml
 
 __all__ = ["ConfigError", "ExperimentConfig", "check_output_dir", "find_base", "load_config"]
 

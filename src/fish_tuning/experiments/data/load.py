@@ -15,11 +15,11 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 
+from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.data.files import find_files, read_file
+from fish_tuning.experiments.data.labels import LabelSpace, label_space
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.files import find_files, read_file
-from fish_tuning.experiments.labels import LabelSpace, label_space
 from fish_tuning.experiments.metrics import Task, metric_names
-from fish_tuning.experiments.schema import DatasetConfig
 from fish_tuning.experiments.tasks import KNOWN_TASKS
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _open_splits(config: DatasetConfig) -> Mapping[str, Callable[[], Dataset]]:
     if config.load_args is not None:
         loaded = _foreign(datasets.load_dataset, config.load_args, "load_args")
     elif config.path is None:
-        from fish_tuning.experiments.installed_text import load_installed_text
+        from fish_tuning.experiments.data.installed_text import load_installed_text
 
         loaded = load_installed_text()
     elif isinstance(config.path, str) and _is_saved(Path(config.path)):

@@ -17,10 +17,10 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from fish_tuning.experiments.checks import check_model
+from fish_tuning.experiments.config.schema import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.minilm import minilm_path
-from fish_tuning.experiments.schema import MINILM, ModelConfig
+from fish_tuning.experiments.models.minilm import minilm_path
+from fish_tuning.experiments.runs.preflight import check_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

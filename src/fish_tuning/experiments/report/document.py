@@ -1,6 +1,6 @@
 """The documentation of results, from the models' own descriptions.
 
-Run `python -m fish_tuning.experiments.results_doc > docs/results.md` after a change.
+Run `python -m fish_tuning.experiments.report.document > docs/results.md` after a change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fish_tuning.experiments.report import CSV_FILE, HTML_FILE, MARKDOWN_FILE, csv_fields
+from fish_tuning.experiments.report.write import CSV_FILE, HTML_FILE, MARKDOWN_FILE, csv_fields
 from fish_tuning.experiments.results import (
     FORMAT_VERSION,
     RESULTS_FILE,
@@ -29,7 +29,7 @@ def results_document() -> str:
     """Return the text of `docs/results.md`."""
     sections = [
         "# Results",
-        "This file is generated: `python -m fish_tuning.experiments.results_doc > "
+        "This file is generated: `python -m fish_tuning.experiments.report.document > "
         "docs/results.md`.",
         f"A sweep's output folder holds `{RESULTS_FILE}`, one `{RUNS_FOLDER}/RUN_ID/{RUN_FILE}` "
         "for each run with the run's own record, and three reports that `fish-tuning report` "

@@ -15,12 +15,12 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from fish_tuning.experiments import training
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.measurements import Report
 from fish_tuning.experiments.results import Run
-from fish_tuning.experiments.run import Engine, carry_out, quiet, record, run_folder
+from fish_tuning.experiments.runs import training
+from fish_tuning.experiments.runs.measurements import Report
+from fish_tuning.experiments.runs.run import Engine, carry_out, quiet, record, run_folder
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from fish_tuning.experiments.config import check_output_dir
+from fish_tuning.experiments.config.load import check_output_dir
+from fish_tuning.experiments.config.schema import AFTER_WARMUP, MINILM, ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.schema import AFTER_WARMUP, MINILM, ExperimentConfig
 
 ADAM = ("adamw_torch", "adamw_torch_fused")
 """The optimizers whose moments the criteria of `AFTER_WARMUP` look at."""
@@ -41,7 +41,7 @@ def check_local_data(config: ExperimentConfig) -> None:
         ConfigError: As in `load_data`.
         ModuleNotFoundError: If the packages of the extra `experiments` are not installed.
     """
-    from fish_tuning.experiments.data import load_data
+    from fish_tuning.experiments.data.load import load_data
 
     if config.dataset.path is not None:
         load_data(config.dataset)

@@ -1,0 +1,1 @@
+"""YAML -> a checked experiment config."""

@@ -1,0 +1,1 @@
+"""Files, hub data sets and packaged text -> tokenized examples."""

@@ -1,0 +1,1 @@
+"""A config -> the base model and its tokenizer."""

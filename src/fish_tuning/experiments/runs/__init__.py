@@ -1,0 +1,1 @@
+"""Arms -> trained runs and their records."""
