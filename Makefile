@@ -48,10 +48,11 @@ $(ADAPTERS)/.installed: pyproject.toml constraints-adapters.txt
 	@touch $@
 
 # Not there: the extras `experiments` and `quantization`, TRL, and PEFT as the table of methods has it.
-ELSEWHERE := $(patsubst %,tests/test_%.py,card cli methods other_trainers quantized readme study)
+ELSEWHERE := tests/mask/test_card.py $(patsubst %,tests/test_%.py,methods other_trainers quantized readme study)
+CORE := per_example scoring selection mask sparse packing
 test-adapters: $(ADAPTERS)/.installed ## the adapters library, and this one on the transformers that it needs
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ADAPTERS)/bin/python -m pytest -n 2 \
-		$(filter-out $(ELSEWHERE),$(wildcard tests/test_*.py))
+		$(filter-out $(ELSEWHERE),$(wildcard tests/test_*.py $(CORE:%=tests/%/test_*.py)))
 
 fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 	$(BIN)/python -m tests.fuzz 600

@@ -21,8 +21,7 @@ from fish_tuning import (
     calculate_fisher_information,
     create_mask_from_fisher,
 )
-
-from .methods_table import (
+from tests.methods_table import (
     DENSITY,
     ONE_BY_ONE,
     STEPS,
@@ -37,7 +36,7 @@ from .methods_table import (
     trainable,
     write_page,
 )
-from .models import (
+from tests.models import (
     assert_scores_close,
     batches_of,
     examples_for,

@@ -34,8 +34,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
 from fish_tuning.experiments.models.load import keep_differentiable
-
-from .models import (
+from tests.models import (
     assert_scores_close,
     batches_of,
     examples_for,

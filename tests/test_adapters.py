@@ -24,9 +24,9 @@ adapters = pytest.importorskip("adapters")
 from adapters import AdapterTrainer  # noqa: E402
 from adapters.configuration.adapter_config import ADAPTER_CONFIG_MAP  # noqa: E402
 
-from .adapters_table import METHODS, NAME, build, outcomes, page  # noqa: E402
-from .methods_table import assert_trained, output, rows_of, state_of, trainable  # noqa: E402
-from .models import (  # noqa: E402
+from tests.adapters_table import METHODS, NAME, build, outcomes, page  # noqa: E402
+from tests.methods_table import assert_trained, output, rows_of, state_of, trainable  # noqa: E402
+from tests.models import (  # noqa: E402
     assert_scores_close,
     batches_of,
     examples_for,

@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from fish_tuning import FishMask, FishTuningTrainer, apply_mask, get_mask, remove_mask
-
-from .models import examples_for
-from .processes import in_processes
-from .test_distributed import (
+from tests.models import examples_for
+from tests.processes import in_processes
+from tests.test_distributed import (
     STEPS,
     assert_identical,
     assert_same_weights,

@@ -8,9 +8,8 @@ from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel
 
 from fish_tuning import align_with_fisher, apply_mask, get_mask, score_with_perturbed_b
-
-from .models import batches_of, examples_for, tiny_bert, with_lora
-from .test_distributed import (
+from tests.models import batches_of, examples_for, tiny_bert, with_lora
+from tests.test_distributed import (
     assert_equal_scores,
     assert_identical,
     error_of,

@@ -30,8 +30,7 @@ from fish_tuning import (
     score_with_perturbed_b,
 )
 from fish_tuning.sparse.apply import masked_parameters
-
-from .models import (
+from tests.models import (
     IGNORED,
     assert_scores_close,
     batches_of,
@@ -42,7 +41,7 @@ from .models import (
     tiny_llama,
     with_lora,
 )
-from .processes import in_processes
+from tests.processes import in_processes
 
 ROOT = Path(__file__).parents[1]
 

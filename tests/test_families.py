@@ -12,8 +12,7 @@ from fish_tuning import (
     create_mask_from_fisher,
     remove_mask,
 )
-
-from .models import (
+from tests.models import (
     assert_scores_close,
     batches_of,
     examples_for,

@@ -13,8 +13,7 @@ from fish_tuning import (
     get_fish_model,
     get_mask,
 )
-
-from .models import batches_of, examples_for, tiny_bert, with_lora
+from tests.models import batches_of, examples_for, tiny_bert, with_lora
 
 
 def model_and_loader():

@@ -8,8 +8,8 @@ import pytest
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from .methods_table import METHODS, outcomes, page, rows_of, scores_in_double
-from .models import assert_scores_close
+from tests.methods_table import METHODS, outcomes, page, rows_of, scores_in_double
+from tests.models import assert_scores_close
 
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
 ROWS = rows_of(PAGE)

@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from fish_tuning import FishMask, FishTuningCallback, apply_mask
-
-from .models import pad, tiny_bart, tiny_llama, tiny_t5, with_lora
-from .test_trainer import (
+from tests.models import pad, tiny_bart, tiny_llama, tiny_t5, with_lora
+from tests.test_trainer import (
     arguments,
     assert_trained_where_selected,
     data_for,

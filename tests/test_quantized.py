@@ -11,9 +11,8 @@ from fish_tuning import (
     calculate_fisher_information,
     create_mask_from_fisher,
 )
-
-from .methods_table import bert_in_4_bits, bert_in_8_bits, quantized
-from .models import assert_scores_close, batches_of, examples_for, naive_scores, pad, with_lora
+from tests.methods_table import bert_in_4_bits, bert_in_8_bits, quantized
+from tests.models import assert_scores_close, batches_of, examples_for, naive_scores, pad, with_lora
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -23,8 +23,7 @@ from fish_tuning import (
     get_mask,
     remove_mask,
 )
-
-from .models import (
+from tests.models import (
     OLD_TRANSFORMERS,
     examples_for,
     tiny_bert,

@@ -23,7 +23,7 @@ from fish_tuning.experiments.runs.run import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 from tests.processes import in_processes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BATCH = 8
 
 

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.optimization import Adafactor
 
 from fish_tuning import FishMask, apply_mask, get_mask, remove_mask
-from fish_tuning.sparse.apply import masked_parameters, storage
+from fish_tuning.sparse import storage
+from fish_tuning.sparse.apply import masked_parameters
 from fish_tuning.sparse.holder import _live
 from fish_tuning.sparse.storage import RESTING
-
-from .models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
+from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
 
 LR, DECAY = 0.02, 0.1
 HEAD = "modules_to_save"

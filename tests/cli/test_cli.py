@@ -23,7 +23,7 @@ from fish_tuning import FishMask
 from fish_tuning.cli import main
 from fish_tuning.experiments.results import Results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 GOOD = """
 model: {name: minilm}

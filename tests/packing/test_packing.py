@@ -30,8 +30,7 @@ from fish_tuning import (
 )
 from fish_tuning.packing import folders, packed_file
 from fish_tuning.packing.packed_file import FORMAT
-
-from .models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 WEIGHTS = "adapter_model.safetensors"
 PACKED = ("README.md", "adapter_config.json", WEIGHTS, "fish_mask.json", "fish_mask.safetensors")

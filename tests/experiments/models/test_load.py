@@ -8,7 +8,7 @@ from transformers import BertConfig, ViTConfig
 
 from fish_tuning.experiments.config.schema import ModelConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models.load import load as models
+from fish_tuning.experiments.models import load as models
 from fish_tuning.experiments.models.load import (
     load_model,
     load_tokenizer,

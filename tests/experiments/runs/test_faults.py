@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from transformers.trainer_utils import rotate_checkpoints
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.runs import run as run_module
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import RUN_FILE, read_results
+from fish_tuning.experiments.runs import run as run_module
 from fish_tuning.experiments.runs import scoring, training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.runs.run import run_experiment
-from tests.experiments.test_run import FEW_ARMS, comparable, weights
+from tests.experiments.runs.test_run import FEW_ARMS, comparable, weights
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 from tests.fuzz.readers import altered, damaged
 

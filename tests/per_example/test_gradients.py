@@ -12,8 +12,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from fish_tuning import calculate_fisher_information
+from fish_tuning.per_example import gradients as per_example
 from fish_tuning.per_example.gradients import PerExampleGradients
-from fish_tuning.per_example.gradients import gradients as per_example
 from fish_tuning.per_example.reduction import Entrywise
 from fish_tuning.per_example.sources import NoRuleError
 

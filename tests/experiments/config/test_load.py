@@ -21,7 +21,7 @@ from fish_tuning.experiments.config.schema import PeerConfig
 from fish_tuning.experiments.config.training_args import DEFAULT_ARGS, argument_types, peft_methods
 from fish_tuning.experiments.config.yaml_file import parse_yaml
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted((CONFIGS / "experiments").glob("*.yaml"))
 
 MINIMAL = """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fish_tuning.experiments.data import installed_text
 from fish_tuning.experiments.data.installed_text import (
     DEFAULT_PACKAGES,
     MAX_CHARS,
@@ -15,7 +16,6 @@ from fish_tuning.experiments.data.installed_text import (
     _normalise,
     load_installed_text,
 )
-from fish_tuning.experiments.data.load import installed_text
 
 WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour", "island")
 

@@ -6,8 +6,7 @@ from torch import nn
 
 from fish_tuning import FishConfig, align_with_fisher, calculate_fisher_information, get_fish_model
 from fish_tuning.scoring.alignment import _leading_eigenvectors
-
-from .models import batches_of, examples_for, reference_loss, tiny_bert, tiny_gpt2, with_lora
+from tests.models import batches_of, examples_for, reference_loss, tiny_bert, tiny_gpt2, with_lora
 
 
 def moments_of(model, examples):

@@ -5,7 +5,7 @@ from pathlib import Path
 from fish_tuning.experiments.config.document import configuration_document
 from fish_tuning.experiments.config.schema import ExperimentConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
 def test_page_is_up_to_date():

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from fish_tuning import FishMask
-
-from .models import tiny_bert
-from .test_cli import invoke, listing
-from .test_packing import contents, fine_tuned, load_base, new_adapter, trained
+from tests.cli.test_cli import invoke, listing
+from tests.models import tiny_bert
+from tests.test_packing import contents, fine_tuned, load_base, new_adapter, trained
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import RESULTS_FILE
 from fish_tuning.experiments.runs.run import run_experiment
-from tests.experiments.test_run import comparable
+from tests.experiments.runs.test_run import comparable
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 pytest.importorskip("ray", reason="pip install 'fish-tuning[ray]'")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
 KEYS = [("Original LoRA", None), ("LoRA-FISH", 1.0)]
 SEARCH = {"values": [1e-3, 1e-2], "held_out": 24, "seeds": [7]}

@@ -10,8 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from fish_tuning import apply_mask, remove_mask
 from fish_tuning.sparse.apply import masked_parameters
-
-from .models import examples_for, pad, tiny_bert, with_lora
+from tests.models import examples_for, pad, tiny_bert, with_lora
 
 TARGETS = ["query", "key", "value"]
 IDLE = "query"

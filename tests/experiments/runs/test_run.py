@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.runs import run as run_module
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.config.schema import AFTER_WARMUP
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
+from fish_tuning.experiments.runs import run as run_module
 from fish_tuning.experiments.runs import scoring, training
 from fish_tuning.experiments.runs.run import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.selection import ranking
+from fish_tuning.selection import select as selection
 from fish_tuning.selection.select import (
     create_mask_from_fisher,
     magnitude_scores,
     random_scores,
-    ranking,
     reversed_scores,
 )
-from fish_tuning.selection.select import select as selection
 
 SCOPES = ("global", "per_tensor", "balanced")
 
