@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from fish_tuning.distributed import check_maskable
+from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.alignment import align_with_fisher
 from fish_tuning.scoring.batches import Batch

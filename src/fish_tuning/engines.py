@@ -1,23 +1,66 @@
-"""Models on several devices, parts of which accelerate's `device_map` may leave on none."""
+"""Models that DDP, FSDP, DeepSpeed or accelerate's `device_map` hold."""
 
-from collections.abc import Mapping
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a DistributedDataParallel wrapper, or the model itself.
+
+    Raises:
+        ValueError: An engine has divided the parameters among the processes, or DeepSpeed has
+            already built its optimizer from them.
+    """
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    if (engine := _sharding_engine(model)) is not None:
+        raise ValueError(
+            f"{engine} has divided the model's parameters among the processes: score and mask the "
+            "model before it is sharded"
+        )
+    if _held_by_deepspeed(model):
+        raise ValueError(
+            "DeepSpeed has already built its optimizer from the model's parameters: score and "
+            "mask the model before you prepare it"
+        )
+    return model
+
+
+def check_maskable(model: nn.Module) -> None:
+    """Checks that no engine has wrapped or sharded the model yet.
+
+    Raises:
+        ValueError: An engine has.
+    """
+    if unwrapped(model) is not model:
+        raise ValueError(
+            "DistributedDataParallel knows only the parameters that it found when it wrapped the "
+            "model: mask the model first, then wrap it"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its input: the device of its first parameter that is in memory.
+    """The device that a model takes its input on: that of its first parameter in memory.
 
-    accelerate's hooks bring offloaded ones there when their module has its turn, and send what
-    goes from one device to the next.
+    With `device_map`, accelerate's hooks load offloaded parameters there when their module runs,
+    and move activations from one device to the next.
     """
     devices = [parameter.device for parameter in model.parameters()]
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if some of the tensors are offloaded: nothing can be trained there."""
+    """Checks that none of the tensors is offloaded: those cannot be trained.
+
+    Raises:
+        ValueError: Some are.
+    """
     offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(
@@ -25,3 +68,58 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
             f"them {offloaded[0]}: give their modules a device in device_map, or put the adapter "
             "on modules that have one (target_modules, layers_to_transform)"
         )
+
+
+def after_deepspeed_steps(callback: Callable[[nn.Module], None]) -> None:
+    """Calls `callback(model)` after every step of every DeepSpeed engine.
+
+    Does nothing while DeepSpeed is not imported; calling again with the same callback is free.
+
+    DeepSpeed's step is wrapped because it offers no hook. ZeRO steps its own copies of the
+    parameters with an ordinary optimizer, whose hooks do not see the model; the engine writes the
+    new values into the model's parameters afterwards.
+    """
+    if (engine := _deepspeed_engine()) is not None:
+        _wrap_step(engine, callback)
+
+
+@functools.cache
+def _wrap_step(engine: Any, callback: Callable[[nn.Module], None]) -> None:
+    step = engine.step
+
+    @functools.wraps(step)
+    def step_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, *args, **kwargs)
+        callback(self.module)
+        return result
+
+    engine.step = step_and_call
+
+
+def _deepspeed_engine() -> Any:
+    """DeepSpeed's engine class if the program has imported it: importing takes seconds."""
+    return getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+
+
+def _held_by_deepspeed(model: nn.Module) -> bool:
+    engine = _deepspeed_engine()
+    if engine is None:
+        return False
+    # ZeRO notes on each parameter where its copy is.
+    has_copies = any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
+    return has_copies or isinstance(model, engine)
+
+
+def _sharding_engine(model: nn.Module) -> str | None:
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return "DeepSpeed ZeRO-3"
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            return "FullyShardedDataParallel"
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            return "fully_shard or tensor parallelism"
+    return None

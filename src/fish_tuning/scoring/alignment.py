@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.distributed import unwrapped
+from fish_tuning.engines import unwrapped
 from fish_tuning.per_example.reduction import RowMoments
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters

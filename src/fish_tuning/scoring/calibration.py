@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fish_tuning.distributed import Processes
 from fish_tuning.engines import check_in_memory, device_of
 from fish_tuning.per_example.reduction import Reduction
 from fish_tuning.scoring.batches import Batch, Forward, batch_size, parts_by_length, take
 from fish_tuning.scoring.likelihood import TokenReduction
 from fish_tuning.scoring.objective import Estimator, LossFunction, Objective
+from fish_tuning.scoring.processes import Processes
 from fish_tuning.scoring.scorers import Sums, scorer_for
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.distributed import unwrapped
+from fish_tuning.engines import unwrapped
 from fish_tuning.per_example.reduction import Entrywise
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.calibration import check_choice, mean_over_examples, trainable_parameters

@@ -11,8 +11,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from fish_tuning.distributed import check_equal, check_maskable
-from fish_tuning.engines import check_in_memory
+from fish_tuning.distributed import check_equal
+from fish_tuning.engines import check_in_memory, check_maskable
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.holder import HOLDER, Holder, holder_of
 from fish_tuning.sparse.publishing import accompany, leave_alone

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fish_tuning.distributed import after_deepspeed_steps, assign
+from fish_tuning.distributed import assign
+from fish_tuning.engines import after_deepspeed_steps
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.idle_layers import leave_out_idle_layers
 from fish_tuning.sparse.storage import RESTING, Group, MaskedTensor, grouped, take_out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.distributed import whole
+from fish_tuning.distributed import full_vector
 
 GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
@@ -132,7 +132,7 @@ class Group(nn.Module):
         Through .data: further forward passes, with gradients or without, and state dicts may come
         before a backward, and writing the same values again must not invalidate what it needs.
         """
-        values = whole(self.values.detach(), len(self.index))
+        values = full_vector(self.values.detach(), len(self.index))
         # It takes int64 alone; converting and copying is faster than all other ways of indexing.
         self.storage.data.index_copy_(0, self.index.long(), values)
 
