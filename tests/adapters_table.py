@@ -227,16 +227,16 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
 _INTRODUCTION = """# The adapters library
 
 Bottleneck adapters, UniPELT and related methods come from the
-[adapters](https://docs.adapterhub.ml) library. A model prepared by it is scored, masked and trained
-like any other.
+[adapters](https://docs.adapterhub.ml) library. A model prepared by it is scored, masked and
+trained like any other.
 
 ```console
 $ pip install 'fish-tuning[adapters]'
 ```
 
-adapters 1.3 needs transformers 4.57. fish-tuning runs on it too, and `make test-adapters` tests this.
-The extras `experiments` and `quickstart`, and therefore `fish-tuning run`, need transformers 5: they
-cannot be combined with `adapters`, and pip says so.
+adapters 1.3 needs transformers 4.57. fish-tuning runs on it too, and `make test-adapters` tests
+this. The extras `experiments` and `quickstart`, and therefore `fish-tuning run`, need
+transformers 5: they cannot be combined with `adapters`, and pip says so.
 
 ```python
 import adapters
@@ -254,25 +254,27 @@ trainer.train()
 model.save_adapter("adapter", "ours")  # the adapter's own files, and the mask beside them
 ```
 
-`FishTuningTrainer` can train such a model too. It saves the whole model, while `AdapterTrainer` saves
-the adapter. `load_adapter` loads values into a masked model like into any other. To continue training,
-load the adapter, call `train_adapter`, and then `apply_mask(model, FishMask.from_pretrained("adapter"))`.
+`FishTuningTrainer` can train such a model too. It saves the whole model, while `AdapterTrainer`
+saves the adapter. `load_adapter` loads values into a masked model like into any other. To
+continue training, load the adapter, call `train_adapter`, and then `apply_mask(model,
+FishMask.from_pretrained("adapter"))`.
 
-- LoRA starts at B = 0 here too; `score_with_perturbed_b` and `scope="balanced"` recognize its two sides.
-- `par_bn`, and therefore `mam`, starts with an up-projection of 0, where the down-projection scores 0:
-  score after a few steps.
+- LoRA starts at B = 0 here too; `score_with_perturbed_b` and `scope="balanced"` recognize its two
+  sides.
+- `par_bn`, and therefore `mam`, starts with an up-projection of 0, where the down-projection
+  scores 0: score after a few steps.
 - Where LoRA has a gate (UniPELT), the gate has no information while B = 0.
 
 ## Methods
 
-What works with each method of adapters {version} on a tiny model.
-`.venv-adapters/bin/python -m tests.adapters_table > docs/adapters.md` writes this page, and
-`make test-adapters` repeats this and compares. The columns are those of
-[PEFT's methods](methods.md), with `save_adapter`, `load_adapter` and, for **merge**, a plain
-transformers model that is given the base weights after `merge_adapter`.
+What works with each method of adapters {version} on a tiny model. `.venv-adapters/bin/python -m
+tests.adapters_table > docs/adapters.md` writes this page, and `make test-adapters` repeats this
+and compares. The columns are those of [PEFT's methods](methods.md), with `save_adapter`,
+`load_adapter` and, for **merge**, a plain transformers model that is given the base weights after
+`merge_adapter`.
 
-"{none}" means that adapters cannot do it without a mask either, or that the outputs change when it
-does. (It does not save one setting of DiReFT.)
+"{none}" means that adapters cannot do it without a mask either, or that the outputs change when
+it does. (It does not save one setting of DiReFT.)
 
 """.replace("{none}", NONE)
 

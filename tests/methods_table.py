@@ -720,31 +720,31 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
 
 _INTRODUCTION = """# PEFT methods
 
-What works with each method of peft {version}, with variants of LoRA, and with a model's own weights.
-`python -m tests.methods_table > docs/methods.md` writes this page by trying each method on a tiny
-model; the tests repeat this and compare.
+What works with each method of peft {version}, with variants of LoRA, and with a model's own
+weights. `python -m tests.methods_table > docs/methods.md` writes this page by trying each method
+on a tiny model; the tests repeat this and compare.
 
 - **scores**: `calculate_fisher_information` gives the same scores as a loop over single examples.
-  "{one_by_one}" means that it has to run that loop, because some layer does not give a
-  gradient for each row of a batch. "{row_by_row}" means that its layers use an
-  operation that torch.func.vmap does not support, which takes up to as long as the loop.
+  "{one_by_one}" means that it has to run that loop, because some layer does not give a gradient
+  for each row of a batch. "{row_by_row}" means that its layers use an operation that
+  torch.func.vmap does not support, which takes up to as long as the loop.
 - **mask**: `create_mask_from_fisher` and `apply_mask` leave exactly k trainable numbers.
-- **train**: three steps of AdamW with weight decay give the same result as dense training with masked
-  gradients, and all other tensors and entries of the model keep their bits.
-  "{rounded}" means that PEFT adds the adapter to the frozen weights in a forward pass and
-  subtracts it again, with or without a mask.
+- **train**: three steps of AdamW with weight decay give the same result as dense training with
+  masked gradients, and all other tensors and entries of the model keep their bits. "{rounded}"
+  means that PEFT adds the adapter to the frozen weights in a forward pass and subtracts it again,
+  with or without a mask.
 - **save**: `save_pretrained` writes the same tensors as without a mask.
-- **load**: `PeftModel.from_pretrained` (`from_pretrained` for a model's own weights) gives the same
-  outputs.
+- **load**: `PeftModel.from_pretrained` (`from_pretrained` for a model's own weights) gives the
+  same outputs.
 - **merge**: `merge_and_unload` gives the same outputs.
 
-"{none}" means that PEFT cannot do it without a mask either, or that the outputs change when it does.
-This is the case for quantized base models, which are quantized again when they are merged: the merged
-model is the one PEFT makes of the same adapter without a mask.
+"{none}" means that PEFT cannot do it without a mask either, or that the outputs change when it
+does. This is the case for quantized base models, which are quantized again when they are merged:
+the merged model is the one PEFT makes of the same adapter without a mask.
 
-QA-LoRA is meant for layers quantized by GPTQ; its row uses unquantized layers instead. Arrow's router
-has no trainable parameters of its own. Methods that need packages the tests do not install are missing:
-LoftQ's starting point, layers quantized by other libraries, and Megatron's layers.
+QA-LoRA is meant for layers quantized by GPTQ; its row uses unquantized layers instead. Arrow's
+router has no trainable parameters of its own. Methods that need packages the tests do not install
+are missing: LoftQ's starting point, layers quantized by other libraries, and Megatron's layers.
 
 """
 
