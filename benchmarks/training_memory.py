@@ -16,7 +16,7 @@ from benchmarks.shapes import Batch, batch_of
 from benchmarks.table import Row, exact, megabytes
 from benchmarks.training import DEFAULT, PUBLISHED, ways
 from fish_tuning import get_mask
-from fish_tuning.mask.mask import BITS_FILE
+from fish_tuning.mask.files import BITS_FILE
 
 
 def memory_of_training(setting: Setting) -> Iterator[Row]:

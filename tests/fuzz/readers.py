@@ -26,7 +26,7 @@ from fish_tuning import FishMask
 from fish_tuning.experiments.config.load import load_config
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import read_results, write_json
-from fish_tuning.mask.mask import BITS_FILE, JSON_FILE
+from fish_tuning.mask.files import BITS_FILE, JSON_FILE
 from fish_tuning.packing import pack
 from fish_tuning.packing.folders import _contents
 from fish_tuning.packing.packed_file import FORMAT, PackedFile

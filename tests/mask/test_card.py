@@ -65,7 +65,7 @@ def test_card_of_an_adapter(tmp_path):
     assert {"fish-tuning", "lora"} <= set(card.data.tags)
     assert "### Framework versions" in card.text
     counts = f"300 of {mask.num_entries:,} entries ({300 / mask.num_entries:.2%})"
-    assert f"{counts} of {len(mask)} tensors are trained, 2 of the tensors whole" in card.text
+    assert f"{counts} of {len(mask)} tensors are trained, 2 of the tensors densely" in card.text
     assert "(https://arxiv.org/abs/2504.04050)" in card.text
     for name, value in SETTINGS.items():
         assert f"| {name} | `{value}` |" in card.text
@@ -83,7 +83,7 @@ def test_saving_again_replaces_the_section(tmp_path):
     write_card(tmp_path, small_mask())
     text = load(tmp_path).text
     assert text.count("## FISH-Tuning") == 1
-    assert "4 of 6 entries (66.67%) of 2 tensors are trained, 1 of the tensors whole" in text
+    assert "4 of 6 entries (66.67%) of 2 tensors are trained, 1 of the tensors densely" in text
     assert "300 of" not in text and "setting" not in text
     assert load(tmp_path).data.tags.count("fish-tuning") == 1
 

@@ -1,4 +1,4 @@
-"""The model card of a masked model: what is trained, how it was chosen, how to go on with it."""
+"""The model card of a masked model: what is trained, how it was chosen, how to continue."""
 
 import json
 import logging
@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.mask.mask import BITS_FILE, JSON_FILE, FishMask
+from fish_tuning.mask.files import BITS_FILE, JSON_FILE
+from fish_tuning.mask.mask import FishMask
 
 logger = logging.getLogger(__name__)
 
@@ -23,36 +24,38 @@ _SECTION = re.compile(rf"\s*{_BEGIN}.*?{_END}\n?", re.DOTALL)
 
 
 def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bool = False) -> None:
-    """Describe a mask in the model card of a folder, which is made if there is none.
+    """Describe a mask in a folder's model card, which is created if it does not exist.
 
-    The library's tag joins those of the card; its section takes the place of an earlier one. All
-    else stays. A card whose metadata cannot be read is left alone, with a warning: a model is
-    worth saving without its description.
+    The card gains the tag `fish-tuning` and a section of its own, which replaces the section of an
+    earlier save. Everything else stays as it is. If the metadata of an existing card cannot be
+    read, the card is left alone and a warning is logged, so that the model is saved all the same.
 
     Args:
-        folder: Holds the model and `README.md`, its card.
+        folder: Holds the model and its card, `README.md`.
         mask: The mask of the model.
-        is_adapter: Whether the model is an adapter for PEFT; one that the folder holds already is
-            found there.
+        is_adapter: Whether the model is a PEFT adapter. Not needed if the folder already holds
+            its `adapter_config.json`.
     """
     path = Path(folder) / CARD_FILE
     try:
         card = ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n")
     except (ValueError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("%s says nothing of the mask: its metadata cannot be read: %s", path, reason)
+        logger.warning(
+            "%s does not describe the mask: its metadata cannot be read: %s", path, reason
+        )
         return
     data: Any = card.data
     tags = data.tags or []
     data.tags = tags if TAG in tags else [*tags, TAG]
-    rest = _SECTION.sub("\n", card.text).rstrip()
-    section = _section(mask, *_loading(path.parent, is_adapter))
-    card.text = f"{rest}\n\n{_BEGIN}\n{section}\n{_END}\n"
+    others = _SECTION.sub("\n", card.text).rstrip()
+    section = _section(mask, *_loading_code(path.parent, is_adapter))
+    card.text = f"{others}\n\n{_BEGIN}\n{section}\n{_END}\n"
     write_atomically(path, str(card).encode())
 
 
-def _loading(folder: Path, is_adapter: bool) -> tuple[list[str], list[str]]:
-    """Python that loads what the folder holds as `model`, from `source`: imports, and the rest."""
+def _loading_code(folder: Path, is_adapter: bool) -> tuple[list[str], list[str]]:
+    """Return Python lines that load the folder's `model` from `source`: imports, statements."""
     config = folder / "adapter_config.json"
     if not (is_adapter or config.is_file()):
         return [], ["# model: loaded from source, as usual"]
@@ -63,14 +66,14 @@ def _loading(folder: Path, is_adapter: bool) -> tuple[list[str], list[str]]:
     return ["import adapters"], ["# model: the base model", "adapters.init(model)", load]
 
 
-def _section(mask: FishMask, imports: list[str], loading: list[str]) -> str:
-    whole = sum(bool(bits.all()) for bits in mask.values())
+def _section(mask: FishMask, imports: list[str], statements: list[str]) -> str:
+    dense = sum(bool(bits.all()) for bits in mask.values())
     lines = [
         "## FISH-Tuning",
         "",
         f"{mask.num_trainable:,} of {mask.num_entries:,} entries ({mask.density:.2%}) of "
-        f"{len(mask)} tensors are trained, {whole} of the tensors whole. The others have the "
-        "values that they had before training. Method: FISH-Tuning, [arXiv 2504.04050]"
+        f"{len(mask)} tensors are trained, {dense} of the tensors densely. All other entries "
+        "have the values that they had before training. Method: FISH-Tuning, [arXiv 2504.04050]"
         "(https://arxiv.org/abs/2504.04050).",
         "",
     ]
@@ -80,14 +83,14 @@ def _section(mask: FishMask, imports: list[str], loading: list[str]) -> str:
         lines += [f"| {name} | {_cell(value)} |" for name, value in settings.items()]
         lines.append("")
     lines += [
-        f"The mask is in `{BITS_FILE}` and `{JSON_FILE}`; inference needs neither. To train on "
-        "with it, where `source` is this folder or repository:",
+        f"The mask is in `{BITS_FILE}` and `{JSON_FILE}`, which inference does not need. To "
+        "continue training with it, where `source` is this folder or repository:",
         "",
         "```python",
         *imports,
         "from fish_tuning import FishMask, apply_mask",
         "",
-        *loading,
+        *statements,
         "apply_mask(model, FishMask.from_pretrained(source))",
         "```",
     ]
@@ -95,6 +98,6 @@ def _section(mask: FishMask, imports: list[str], loading: list[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a Markdown table, where a regular expression's | would end the cell."""
+    """Format a value for a Markdown table, where an unescaped | would end the cell."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text}`".replace("|", r"\|").replace("\n", " ")

@@ -1,45 +1,42 @@
-"""Which entries of which parameters are trained: the mask and its files."""
+"""The mask: which entries of which parameters are trained."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fish_tuning.atomic import write_atomically
-
-BITS_FILE = "fish_mask.safetensors"
-JSON_FILE = "fish_mask.json"
-FORMAT_VERSION = 1
+from fish_tuning.mask.files import (
+    BITS_FILE,
+    JSON_FILE,
+    count,
+    find_mask_file,
+    read_mask,
+    unusable,
+    write_mask,
+)
 
 
 class FishMask(Mapping[str, Tensor]):
     """Boolean tensors by parameter name: True entries are trained, False entries stay frozen.
 
-    Every scored tensor is present, in the order given; one left dense is all True. Tensors keep
-    their device, and boolean ones are held as they are, not copied.
+    Every scored tensor is present, in the given order; a tensor that is trained densely is all
+    True. Tensors keep their device. Boolean tensors are kept as they are, not copied.
 
     Args:
-        tensors: Parameter name to a boolean tensor of the parameter's shape, or to a tensor of
+        tensors: By parameter name: a boolean tensor of the parameter's shape, or a tensor of
             zeros and ones of any dtype.
         provenance: How the mask was made, as values that JSON can hold.
 
     Raises:
-        ValueError: There is no tensor, one holds anything but 0 and 1, or the provenance does
-            not fit in JSON.
+        ValueError: There is no tensor, a tensor holds values other than 0 and 1, or JSON cannot
+            hold the provenance.
     """
 
     def __init__(
@@ -49,7 +46,7 @@ class FishMask(Mapping[str, Tensor]):
             raise ValueError("A FishMask needs at least one tensor, but the mapping is empty.")
         self._tensors = {name: _as_bool(name, tensor) for name, tensor in tensors.items()}
         try:
-            # Through JSON at once: a mask read back has the same provenance as the one saved.
+            # Converted now, so that a mask has the same provenance before and after saving.
             text = json.dumps(dict(provenance or {}), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The provenance of a FishMask must fit in JSON: {error}.") from error
@@ -65,7 +62,7 @@ class FishMask(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def __eq__(self, other: object) -> bool:
-        """Same names, shapes and bits; order, devices and provenance do not count."""
+        """Compare names, shapes and bits, but not order, devices or provenance."""
         if not isinstance(other, FishMask):
             return NotImplemented
         return self.keys() == other.keys() and all(
@@ -77,25 +74,25 @@ class FishMask(Mapping[str, Tensor]):
 
     @property
     def num_trainable(self) -> int:
-        """Number of True entries, those of tensors left dense included."""
-        return sum(_count(tensor) for tensor in self.values())
+        """Number of True entries, including those of densely trained tensors."""
+        return sum(count(tensor) for tensor in self.values())
 
     @property
     def num_entries(self) -> int:
-        """Number of entries of all tensors."""
+        """Number of entries in all tensors."""
         return sum(tensor.numel() for tensor in self.values())
 
     @property
     def density(self) -> float:
-        """Fraction of all entries that is True."""
+        """Fraction of all entries that are True."""
         return self.num_trainable / max(1, self.num_entries)
 
     def summary(self) -> str:
-        """Readable counts: in all, by layer (the path up to its first number) and by tensor."""
-        # Last components stay out of it: they are all that a lone tensor has to show.
+        """Format the counts: total, per layer (the path up to its first number) and per tensor."""
+        # The last component is never part of the prefix: a single tensor would lose its name.
         columns = zip(*(name.split(".")[:-1] for name in self), strict=False)
         prefix = "".join(f"{c[0]}." for c in takewhile(lambda c: len(set(c)) == 1, columns))
-        counts = [(_count(tensor), tensor.numel()) for tensor in self.values()]
+        counts = [(count(tensor), tensor.numel()) for tensor in self.values()]
         layers: dict[str, tuple[int, int]] = {}
         for name, (selected, entries) in zip(self, counts, strict=True):
             before = layers.get(layer := _layer(name), (0, 0))
@@ -116,35 +113,18 @@ class FishMask(Mapping[str, Tensor]):
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `fish_mask.safetensors` and `fish_mask.json` into a folder, made if need be.
+        """Write `fish_mask.safetensors` and `fish_mask.json` into a folder.
 
-        The first holds one uint8 tensor, "bits": the flat bits of every tensor, first entry in
-        the highest bit (`numpy.packbits`), each tensor padded to a byte, in the mask's order. The
-        second holds names, shapes, counts, the SHA-256 of the bits and the provenance.
+        The first file holds one uint8 tensor, "bits": the bits of every tensor, flattened, in the
+        mask's order, the first entry in the highest bit (`numpy.packbits`), each tensor padded to
+        a full byte. The second file holds names, shapes, counts, the SHA-256 of the bits and the
+        provenance.
 
         Args:
-            directory: A local folder; earlier mask files in it are replaced, each atomically.
+            directory: A local folder, created if it does not exist. Mask files already in it are
+                replaced, each of them atomically.
         """
-        folder = Path(directory)
-        bits = np.concatenate([np.packbits(t.cpu().numpy().reshape(-1)) for t in self.values()])
-        tensors = [
-            {"name": name, "shape": list(tensor.shape), "num_selected": _count(tensor)}
-            for name, tensor in self.items()
-        ]
-        record = {
-            "format_version": FORMAT_VERSION,
-            "fish_tuning_version": _package_version(),
-            "num_trainable": self.num_trainable,
-            "num_entries": self.num_entries,
-            "sha256": hashlib.sha256(bits.data).hexdigest(),
-            "provenance": self.provenance,
-            "tensors": tensors,
-        }
-        write_atomically(
-            folder / BITS_FILE, safetensors.torch.save({"bits": torch.from_numpy(bits)})
-        )
-        # Last: it vouches for the bits, so a save cut short never passes for a whole one.
-        write_atomically(folder / JSON_FILE, (json.dumps(record, indent=2) + "\n").encode())
+        write_mask(Path(directory), self, self.provenance)
 
     @classmethod
     def from_pretrained(
@@ -157,21 +137,21 @@ class FishMask(Mapping[str, Tensor]):
         """Read a mask that `save_pretrained` wrote, onto the CPU.
 
         Args:
-            directory: A local folder or, where there is none of that name, a repository id on the
-                Hugging Face hub.
+            directory: A local folder or, if there is no folder of that name, a repository id on
+                the Hugging Face hub.
             revision: Branch, tag or commit on the hub.
-            token: Access token for the hub; True takes the stored one.
+            token: Access token for the hub; True means the stored one.
 
         Returns:
             The mask, checked against its own record.
 
         Raises:
             FileNotFoundError: One of the two files is missing.
-            ValueError: A file is damaged, is of another format version, or does not fit the
-                other.
+            ValueError: A file is damaged, has another format version, or does not match the
+                other file.
         """
-        record_path = _locate(directory, JSON_FILE, revision, token)
-        bits_path = _locate(directory, BITS_FILE, revision, token)
+        record_path = find_mask_file(directory, JSON_FILE, revision, token)
+        bits_path = find_mask_file(directory, BITS_FILE, revision, token)
         return cls.from_bytes(
             record_path.read_bytes(), bits_path.read_bytes(), record_path, bits_path
         )
@@ -187,47 +167,23 @@ class FishMask(Mapping[str, Tensor]):
         """Read a mask from the contents of the two files that `save_pretrained` wrote.
 
         Args:
-            record_content: What `fish_mask.json` holds.
-            bits_content: What `fish_mask.safetensors` holds.
-            record_path: What errors call the first.
-            bits_path: What they call the second.
+            record_content: Content of `fish_mask.json`.
+            bits_content: Content of `fish_mask.safetensors`.
+            record_path: What error messages call the first file.
+            bits_path: What error messages call the second file.
 
         Returns:
             The mask, checked against its own record.
 
         Raises:
-            ValueError: As in `from_pretrained`.
+            ValueError: A file is damaged, has another format version, or does not match the
+                other file.
         """
-        record = _read_record(record_path, record_content)
-        bits = _read_bits(bits_path, bits_content)
-        sizes = [math.prod(entry["shape"]) for entry in record["tensors"]]
-        if len(bits) != (expected := sum(_num_bytes(size) for size in sizes)):
-            raise _fault(
-                bits_path,
-                f"it holds {len(bits):,} bytes of bits where {JSON_FILE} lists {expected:,}",
-            )
-        if hashlib.sha256(bits.data).hexdigest() != record["sha256"]:
-            raise _fault(bits_path, f"its bits do not have the sha256 that {JSON_FILE} records")
-        tensors = {}
-        offset = 0
-        for entry, size in zip(record["tensors"], sizes, strict=True):
-            packed = bits[offset : (offset := offset + _num_bytes(size))]
-            flat = torch.from_numpy(np.unpackbits(packed, count=size).view(np.bool_))
-            tensors[entry["name"]] = flat.view(entry["shape"])
-            if (found := _count(flat)) != entry["num_selected"]:
-                raise _fault(
-                    record_path,
-                    f"{entry['name']} has {found:,} entries selected, not the "
-                    f"{entry['num_selected']:,} of num_selected",
-                )
+        tensors, provenance = read_mask(record_content, bits_content, record_path, bits_path)
         try:
-            mask = cls(tensors, provenance=record["provenance"])
+            return cls(tensors, provenance=provenance)
         except ValueError as error:
-            raise _fault(record_path, str(error).rstrip(".")) from error
-        for key in ("num_trainable", "num_entries"):
-            if (found := getattr(mask, key)) != record[key]:
-                raise _fault(record_path, f"its tensors make {key} {found:,}, not {record[key]:,}")
-        return mask
+            raise unusable(record_path, str(error).rstrip(".")) from error
 
 
 def _as_bool(name: str, tensor: Tensor) -> Tensor:
@@ -238,7 +194,7 @@ def _as_bool(name: str, tensor: Tensor) -> Tensor:
         )
     if tensor.dtype == torch.bool:
         return tensor
-    wrong = _count((tensor != 0) & (tensor != 1))
+    wrong = count((tensor != 0) & (tensor != 1))
     if wrong:
         raise ValueError(
             f"The mask of {name} must hold only False and True, or 0 and 1, but {wrong:,} of its "
@@ -246,14 +202,6 @@ def _as_bool(name: str, tensor: Tensor) -> Tensor:
             "create_mask_from_fisher."
         )
     return tensor.detach() != 0
-
-
-def _count(mask: Tensor) -> int:
-    return int(torch.count_nonzero(mask))
-
-
-def _num_bytes(num_bits: int) -> int:
-    return -(-num_bits // 8)
 
 
 def _layer(name: str) -> str:
@@ -271,99 +219,3 @@ def _table(title: str, rows: Iterable[tuple[str, tuple[int, int]]]) -> list[str]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
     ]
-
-
-def _package_version() -> str | None:
-    try:
-        return version("fish-tuning")
-    except PackageNotFoundError:
-        return None
-
-
-def _locate(
-    directory: str | os.PathLike[str], filename: str, revision: str | None, token: str | bool | None
-) -> Path:
-    if (folder := Path(directory)).is_dir():
-        if not (path := folder / filename).is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist: {folder} holds no complete FISH mask. Name the folder "
-                "that FishMask.save_pretrained wrote."
-            )
-        return path
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(str(directory), filename, revision=revision, token=token))
-    # The hub's errors for a bad id are ValueErrors, those for a failed download OSErrors.
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{directory} is not a local folder, and {filename} could not be had from a hub "
-            f"repository of that name ({error}). Name the folder that FishMask.save_pretrained "
-            "wrote, or a repository that holds its files."
-        ) from error
-
-
-def _fault(path: Path, problem: str) -> ValueError:
-    return ValueError(
-        f"{path} cannot be used: {problem}. Fetch or copy {BITS_FILE} and {JSON_FILE} again, "
-        "both from one save, or make the mask anew."
-    )
-
-
-def _read_bits(path: Path, content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    try:
-        # Without torch, which does not have all of the format's types.
-        tensors = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
-        bits = dict(tensors).get("bits")
-    except SafetensorError as error:
-        raise _fault(path, f"it is not a whole safetensors file ({error})") from error
-    if bits is None or bits["dtype"] != "U8" or len(bits["shape"]) != 1:
-        raise _fault(path, 'it has no flat uint8 tensor "bits"')
-    return np.frombuffer(bits["data"], np.uint8)
-
-
-def _read_record(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _fault(path, f"it is not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise _fault(path, "it does not hold a JSON object")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {record.get('format_version')!r}, and this version of "
-            f"fish-tuning reads {FORMAT_VERSION}. Save the mask again with this version, or "
-            "install the one that wrote it."
-        )
-    types = {
-        "num_trainable": int,
-        "num_entries": int,
-        "sha256": str,
-        "provenance": dict,
-        "tensors": list,
-    }
-    for key, kind in types.items():
-        if type(record.get(key)) is not kind:
-            raise _fault(path, f'"{key}" is missing or not of JSON type {kind.__name__}')
-    for position, entry in enumerate(record["tensors"]):
-        if not _is_entry(entry):
-            raise _fault(
-                path, f'"tensors" entry {position} is not a name, a shape and a num_selected'
-            )
-    if len({entry["name"] for entry in record["tensors"]}) != len(record["tensors"]):
-        raise _fault(path, '"tensors" lists a name twice')
-    return record
-
-
-def _is_entry(entry: object) -> bool:
-    """Whether this is {"name": ..., "shape": ..., "num_selected": ...} of a possible tensor."""
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and type(entry.get("num_selected")) is int
-        and isinstance(shape := entry.get("shape"), list)
-        and all(type(size) is int and size >= 0 for size in shape)
-        # What torch can hold: a zero elsewhere in the shape must not hide a size beyond it.
-        and len(shape) <= 64
-        and math.prod(max(size, 1) for size in shape) < 2**63
-    )

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fish_tuning.atomic import write_atomically, write_new_folder_atomically
-from fish_tuning.mask.mask import BITS_FILE, JSON_FILE, FishMask
+from fish_tuning.mask import FishMask
+from fish_tuning.mask.files import BITS_FILE, JSON_FILE
 from fish_tuning.packing.packed_file import (
     Bytes,
     PackedFile,

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fish_tuning.mask.mask import JSON_FILE, FishMask
+from fish_tuning.mask import FishMask
+from fish_tuning.mask.files import JSON_FILE
 from fish_tuning.packing.packed_file import (
     PackedFile,
     Rounding,
