@@ -8,6 +8,7 @@ returns is a row of docs/methods.md. The page is written by
 
 import copy
 import dataclasses
+import functools
 import logging
 import re
 import sys
@@ -44,6 +45,7 @@ from tests.models import (
     tiny_gpt2,
     tiny_llama,
 )
+from tests.rounding import float32_rtol
 
 STEPS = ("scores", "mask", "train", "save", "load", "merge")
 YES, ONE_BY_ONE, NONE, REFUSED = "yes", "one example at a time", "PEFT has none", "refused"
@@ -51,7 +53,6 @@ ROW_BY_ROW = "one pass, its layers row by row"
 ROUNDED = "yes; PEFT rounds frozen weights"
 
 DENSITY = 0.4
-RTOL = 1e-5
 LR, DECAY = 0.02, 0.1
 EPS = 1e-4  # large enough that the rounding errors of a gradient that is 0 in theory move nothing
 
@@ -543,7 +544,8 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
         found["scores"] = ONE_BY_ONE
     elif any("goes row by row" in message for message in messages):
         found["scores"] = ROW_BY_ROW
-    assert_scores_close(scores, naive_scores(model, examples, loss=own_loss), rtol=RTOL)
+    naive = functools.partial(naive_scores, model, examples, loss=own_loss)
+    assert_scores_close(scores, naive(), float32_rtol(model, naive))
 
     k = round(DENSITY * sum(score.numel() for score in scores.values()))
     mask = create_mask_from_fisher(scores, num_trainable=k, scope="per_tensor")
