@@ -66,10 +66,11 @@ bench: $(STAMP) ## speed and memory on the processor, some 10 minutes on an idle
 bench-gpu: $(STAMP) ## the same on an accelerator
 	$(BENCH) --device cuda
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean: ## remove the environment, caches and build outputs
 	rm -rf $(VENV) $(WITH_DEEPSPEED) $(ADAPTERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

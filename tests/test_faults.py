@@ -266,7 +266,7 @@ def test_links_are_replaced_and_not_followed(saved):
         unpack(saved / "packed", saved / "folder")
     precious_folder = saved / "nowhere"
     (saved / "dangling").symlink_to(precious_folder)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="dangling"):
         write_new_folder_atomically(saved / "dangling", {"a": b""})
     assert not precious_folder.exists()
     assert precious.read_text() == "mine" and listing(saved / "elsewhere") == ["precious"]

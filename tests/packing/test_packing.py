@@ -638,8 +638,8 @@ def test_a_seed_that_draws_other_numbers(adapter, base, tmp_path, monkeypatch):
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"seed 3 draws: .*torch \d.*here torch.*is not in it"):
         unpack(file, tmp_path / "again", base_model=tiny_bert(num_hidden_layers=2))
+    wide = tiny_bert(num_hidden_layers=3, hidden_size=16)
     with pytest.raises(ValueError, match=r"lora_A.* of shape \(8, 12\) is not in it"):
-        wide = tiny_bert(num_hidden_layers=3, hidden_size=16)
         unpack(file, tmp_path / "again", base_model=wide)
     with pytest.raises(ValueError, match=r"base model 'nowhere/at all' .*--base"):
         unpack(file, tmp_path / "again", base_model="nowhere/at all")

@@ -105,6 +105,7 @@ class Slot:
 
     @property
     def num_entries(self) -> int:
+        """Entries of the tensor, selected or not."""
         return math.prod(self.shape)
 
     @property

@@ -112,6 +112,11 @@ def _other_start(packed: PackedFile, path: Path, problem: str) -> ValueError:
 
 
 def check_shape(slot: Slot, name: str | None, mask: FishMask) -> None:
+    """Refuse a tensor whose mask has another shape.
+
+    Raises:
+        ValueError: Names the tensor and its shape.
+    """
     if name is not None and (name not in mask or mask[name].shape != slot.shape):
         raise ValueError(
             f"{slot.name} has shape {slot.shape}, which {JSON_FILE} does not list for it: the mask "

@@ -256,14 +256,16 @@ def test_hub(monkeypatch):
 def test_hub_failure(monkeypatch):
     """Guards against a traceback where the hub is out of reach."""
 
-    class Unreachable(Exception):
+    class UnreachableError(Exception):
         pass
 
     def load_dataset(*args):
-        raise Unreachable("no route\nto host")
+        raise UnreachableError("no route\nto host")
 
     monkeypatch.setattr(data_module.datasets, "load_dataset", load_dataset)
-    with pytest.raises(ConfigError, match=r"dataset\.load_args: \['x'\] .*Unreachable: no route;"):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.load_args: \['x'\] .*UnreachableError: no route;"
+    ):
         load(load_args=["x"])
 
 
