@@ -11,9 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 
-from fish_tuning.experiments.arms import arm_counts, searched
+from fish_tuning.experiments.arms import searched
 from fish_tuning.experiments.config.schema import ORIGINAL_LORA, ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models.counts import count_parameters
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def plan(config: ExperimentConfig) -> Plan:
     if examples is None and config.dataset.max_train_samples is not None:
         examples, at_most = config.dataset.max_train_samples, True
     steps = optimizer_steps(config.training_args, examples)
-    counts = arm_counts(config, num_labels)
+    counts = count_parameters(config, num_labels)
     return Plan(
         model=config.model.name,
         num_labels=num_labels,

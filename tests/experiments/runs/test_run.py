@@ -258,15 +258,15 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(files, tmp_path, 
 def test_a_wrong_count_fails_the_run(files, tmp_path, monkeypatch):
     """Guards the promise that a finished run trained its budget to the unit."""
     config = experiment(*files, tmp_path, **FEW_ARMS)
-    genuine = run_module.arm_counts
+    genuine = run_module.count_parameters
 
     def one_more(*args):
         counts = genuine(*args)
         key = "Original LoRA", None
-        counts[key] = training.Counts(counts[key].trainable + 1, counts[key].total)
+        counts[key] = training.ParameterCounts(counts[key].trainable + 1, counts[key].total)
         return counts
 
-    monkeypatch.setattr(run_module, "arm_counts", one_more)
+    monkeypatch.setattr(run_module, "count_parameters", one_more)
     results = run_experiment(config, name="e")
     assert [run.status for run in results.runs] == ["failed", "finished"]
     assert "holds 418 scalars where the budget is 419" in results.runs[0].error

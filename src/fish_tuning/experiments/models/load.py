@@ -19,8 +19,8 @@ from transformers import (
 
 from fish_tuning.experiments.config.schema import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models.find import check_model
 from fish_tuning.experiments.models.minilm import minilm_path
-from fish_tuning.experiments.runs.preflight import check_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

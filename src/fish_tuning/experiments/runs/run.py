@@ -24,12 +24,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fish_tuning.experiments.arms import Arm, ArmKey, arm_counts, planned, searched
+from fish_tuning.experiments.arms import Arm, ArmKey, planned, searched
 from fish_tuning.experiments.config.load import check_output_dir
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.data.load import load_data, tokenize
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics import KNOWN_METRICS
+from fish_tuning.experiments.models.counts import count_parameters
+from fish_tuning.experiments.models.find import check_model
 from fish_tuning.experiments.models.load import load_tokenizer, quantization_options
 from fish_tuning.experiments.results import (
     RESULTS_FILE,
@@ -42,7 +44,7 @@ from fish_tuning.experiments.results import (
 )
 from fish_tuning.experiments.runs import environment, processes, training
 from fish_tuning.experiments.runs.measurements import Report
-from fish_tuning.experiments.runs.preflight import check_model, check_training_args
+from fish_tuning.experiments.runs.preflight import check_training_args
 from fish_tuning.experiments.runs.search import LOSS, chosen_learning_rates
 
 logger = logging.getLogger(__name__)
@@ -123,11 +125,11 @@ def _prepared(config: ExperimentConfig) -> training.Task:
     training.training_arguments(config, folder, config.seeds[0], tuple(KNOWN_METRICS))
     tokenizer = load_tokenizer(config.model, config.training.max_seq_length)
     known = config.dataset.known_num_labels
-    counts = None if known is None else arm_counts(config, known)
+    counts = None if known is None else count_parameters(config, known)
     data = load_data(config.dataset)
     training.training_arguments(config, folder, config.seeds[0], data.metrics)
     if counts is None or data.num_labels != known:
-        counts = arm_counts(config, data.num_labels)
+        counts = count_parameters(config, data.num_labels)
     search = config.learning_rate_search
     if search is not None and search.held_out >= len(data.train):
         raise ConfigError(

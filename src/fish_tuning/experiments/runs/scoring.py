@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from fish_tuning.experiments.arms import Arm, names_left_dense, trainable_tensors
+from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.config.schema import Criterion, ExperimentConfig, SelectionRule
+from fish_tuning.experiments.models.adapters import trainable_tensors
+from fish_tuning.experiments.models.counts import names_left_dense
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.runs.measurements import snapshot
 from fish_tuning.mask.mask import FishMask

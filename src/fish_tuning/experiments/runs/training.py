@@ -26,17 +26,13 @@ from transformers import (
     set_seed,
 )
 
-from fish_tuning.experiments.arms import (
-    Arm,
-    ArmKey,
-    Counts,
-    add_adapter,
-    trainable_tensors,
-)
+from fish_tuning.experiments.arms import Arm, ArmKey
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.data.load import TaskData, hold_out
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics import compute_metrics_for, greater_is_better, main_metric
+from fish_tuning.experiments.models.adapters import add_adapter, trainable_tensors
+from fish_tuning.experiments.models.counts import ParameterCounts
 from fish_tuning.experiments.models.load import load_model
 from fish_tuning.experiments.results import Run, TensorDensity
 from fish_tuning.experiments.runs import environment, processes
@@ -72,7 +68,7 @@ class Task:
     train: Dataset
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase
-    counts: Mapping[ArmKey, Counts]
+    counts: Mapping[ArmKey, ParameterCounts]
     commit: str | None
 
     def holding_out(self, size: int) -> Task:

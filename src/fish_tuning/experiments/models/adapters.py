@@ -1,0 +1,175 @@
+"""From an arm to the model it trains: the base model with the arm's adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from fish_tuning.experiments.arms import LORA_FA, Arm, baseline
+from fish_tuning.experiments.config.schema import ORIGINAL_LORA, AdapterConfig, ExperimentConfig
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models.load import meta_model
+from fish_tuning.selection.lora import side_of
+
+
+def add_adapter(
+    model: PreTrainedModel, arm: Arm, config: ExperimentConfig, *, total_steps: int = 1
+) -> nn.Module:
+    """Put an arm's adapter on a model. Seed torch first for a reproducible adapter.
+
+    Trainable parameters are float32 whatever the model's dtype is. LoRA's alpha is twice its rank,
+    as in the published experiments, so that its output has the same scale at every rank.
+
+    Args:
+        model: The model, changed in place.
+        arm: The arm.
+        config: The experiment.
+        total_steps: Steps of the training that follows; AdaLoRA plans its ranks by it.
+
+    Raises:
+        ConfigError: PEFT refuses the method's config, or finds no module to adapt.
+    """
+    settings = _peft_config(arm, config, model, total_steps)
+    try:
+        adapted: nn.Module = get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _refused(arm, config, model, error) from error
+    if arm.name == LORA_FA and arm.adapter is None:
+        for name, parameter in adapted.named_parameters():
+            if side_of(name) == "A":
+                parameter.requires_grad_(False)
+    for name, parameter in trainable_tensors(adapted).items():
+        if ".ranknum." in name:
+            # AdaLoRA keeps its ranks in a parameter. On a model in half precision PEFT makes it
+            # trainable when it casts it, and training would change the ranks.
+            parameter.requires_grad_(False)
+        elif parameter.dtype != torch.float32 and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    _cast_head_inputs(adapted)
+    return adapted
+
+
+def adapted_without_weights(config: ExperimentConfig, arm: Arm, num_labels: int) -> nn.Module:
+    """Build an arm's model from the model's config.json alone, to look at names and shapes.
+
+    Args:
+        config: The experiment.
+        arm: The arm.
+        num_labels: Number of the head's outputs.
+
+    Raises:
+        ConfigError: The model or its adapter cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            return add_adapter(meta_model(config.model, num_labels), arm, config)
+    except NotImplementedError:
+        # Some methods look at values, as SHiRA does at its random mask, and need real memory.
+        empty: PreTrainedModel = meta_model(config.model, num_labels).to_empty(device="cpu")
+        return add_adapter(empty, arm, config)
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _cast_head_inputs(model: nn.Module) -> None:
+    """Let a float32 head accept what a model in half precision passes to it."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for head in module.modules_to_save.values():
+                head.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for value in args
+    )
+
+
+def _peft_config(
+    arm: Arm, config: ExperimentConfig, model: PreTrainedModel, total_steps: int
+) -> PeftConfig:
+    if arm.adapter is not None:
+        return _own_config(arm, arm.adapter, config, total_steps)
+    rank = config.lora.fish_rank
+    if arm.name == ORIGINAL_LORA:
+        rank = config.lora.baseline_rank
+    elif arm.name == LORA_FA:
+        rank = _lora_fa_rank(config, model)
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        modules_to_save=_unusual_head(model),
+    )
+
+
+def _unusual_head(model: PreTrainedModel) -> list[str] | None:
+    """The head's modules, unless PEFT recognizes them by name and trains them anyway."""
+    outside = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    known = any(name.endswith(("classifier", "score")) for name in outside)
+    return None if known else outside or None
+
+
+def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
+    """The rank at which B alone has about as many entries as the baseline's A and B."""
+    sizes = {"A": 0, "B": 0, "": 0}
+    adapted = adapted_without_weights(config, baseline(config), model.config.num_labels or 2)
+    for name, tensor in trainable_tensors(adapted).items():
+        sizes[side_of(name)] += tensor.numel()
+    return max(1, round(config.lora.baseline_rank * (sizes["A"] + sizes["B"]) / sizes["B"]))
+
+
+def _own_config(
+    arm: Arm, adapter: AdapterConfig, config: ExperimentConfig, total_steps: int
+) -> PeftConfig:
+    """The PEFT config of a peer, or of a variant with its own adapter."""
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.method)]
+    fields = kind.__dataclass_fields__
+    settings: dict[str, Any] = {"task_type": "SEQ_CLS", **adapter.config}
+    if "target_modules" in fields and config.lora.target_modules is not None:
+        settings.setdefault("target_modules", config.lora.target_modules)
+    if adapter.method == "ADALORA":
+        settings.setdefault("total_step", total_steps)
+    unknown = sorted(set(settings) - set(fields))
+    if unknown:
+        raise ConfigError(
+            f"{arm.config_key}: {kind.__name__} has no {unknown[0]!r}; it has "
+            f"{', '.join(sorted(fields))}"
+        )
+    try:
+        made: PeftConfig = kind(**settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{arm.config_key}: {kind.__name__} refuses it: {error}") from None
+    return made
+
+
+def _refused(
+    arm: Arm, config: ExperimentConfig, model: PreTrainedModel, error: Exception
+) -> ConfigError:
+    key = arm.config_key if arm.adapter else "lora.target_modules"
+    if "specify `target_modules`" in str(error):
+        return ConfigError(
+            f"{key}: PEFT has no default for models of type {model.config.model_type!r}; set "
+            "lora.target_modules to names of linear modules, or to all-linear"
+        )
+    return ConfigError(
+        f"{key}: {config.lora.target_modules!r} does not fit {config.model.name!r}: "
+        f"{str(error).splitlines()[0]}"
+    )

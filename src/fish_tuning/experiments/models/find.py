@@ -1,0 +1,93 @@
+"""Find out whether a model exists, without importing torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fish_tuning.experiments.config.schema import MINILM
+from fish_tuning.experiments.errors import ConfigError
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_HUB_SECONDS = 3.0
+
+
+def check_model(name: str, *, weights: bool = False) -> None:
+    """Check that a model exists, without loading it.
+
+    Args:
+        name: The value of `model.name`.
+        weights: Whether a local folder must hold weights beside its config.json.
+
+    Raises:
+        ConfigError: The model does not exist, or the hub cannot be asked for it.
+    """
+    if name == MINILM:
+        return
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder, weights)
+    elif folder.exists():
+        raise ConfigError(f"model.name: {name!r} is a file; name the folder that holds it")
+    elif not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ConfigError(
+            f"model.name: there is no folder {name!r}, and it is no hub id (owner/name) either; "
+            f"correct it, or use {MINILM}"
+        )
+    else:
+        _check_hub(name)
+
+
+def _check_folder(folder: Path, weights: bool) -> None:
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"model.name: {str(folder)!r} holds no config.json; name a folder that "
+            "save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name: {str(file)!r} cannot be read: {error}; restore it"
+        ) from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ConfigError(
+            f"model.name: {str(file)!r} has no model_type; name the folder of a transformers model"
+        )
+    if weights and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise ConfigError(
+            f"model.name: {str(folder)!r} holds no weights ({', '.join(_WEIGHTS)}); with its "
+            "config.json alone, only `fish-tuning plan` works"
+        )
+
+
+def _check_hub(name: str) -> None:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    remedy = f"correct it, name a local folder, or use {MINILM}"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        # One attempt: a download would retry for half a minute without a network.
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except HFValidationError:
+        raise ConfigError(f"model.name: {name!r} is no folder and no hub id; {remedy}") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"model.name: there is no folder and no hub model {name!r} that you may read; {remedy}"
+        ) from None
+    # The hub's HTTP clients have no common base class for network errors.
+    except Exception as error:
+        if "Timeout" in type(error).__name__:
+            return  # The hub is slow, which is not the config's fault; the download waits longer.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.name: there is no folder {name!r}, and the hub cannot be asked for it "
+            f"({reason}); {remedy}"
+        ) from None
