@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel
 
-from fish_tuning import align_with_fisher, apply_mask, get_mask, score_with_perturbed_b
+from fish_tuning import apply_mask, get_mask, score_with_perturbed_b
 from tests.models import batches_of, examples_for, tiny_bert, with_lora
 from tests.test_distributed import (
     assert_equal_scores,
@@ -84,7 +84,6 @@ def test_offloaded_adapters_are_refused(tmp_path):
         for error in (
             error_of(scored, model, []),
             error_of(score_with_perturbed_b, model, []),
-            error_of(align_with_fisher, model, []),
             error_of(apply_mask, model, mask),
         ):
             assert error is not None and error[0] == "ValueError"

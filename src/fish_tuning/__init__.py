@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from fish_tuning.mask import FishMask
     from fish_tuning.packing import load_packed, pack, unpack
     from fish_tuning.scoring import (
-        align_with_fisher,
         calculate_fisher_information,
         score_with_perturbed_b,
     )
@@ -28,7 +27,6 @@ __all__ = [
     "FishMask",
     "FishTuningCallback",
     "FishTuningTrainer",
-    "align_with_fisher",
     "apply_mask",
     "calculate_fisher_information",
     "create_mask_from_fisher",
@@ -49,7 +47,6 @@ _HOMES = {
     "FishMask": "mask",
     "FishTuningCallback": "trainer",
     "FishTuningTrainer": "trainer",
-    "align_with_fisher": "scoring",
     "apply_mask": "sparse",
     "calculate_fisher_information": "scoring",
     "create_mask_from_fisher": "selection",

@@ -1,19 +1,16 @@
 """The settings of FISH-Tuning in one object, and the call that carries them out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.scoring.alignment import align_with_fisher
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.scoring.objective import Estimator, LossFunction
-from fish_tuning.selection.lora import side_of
 from fish_tuning.selection.select import (
     create_mask_from_fisher,
     magnitude_scores,
@@ -26,7 +23,6 @@ from fish_tuning.sparse.apply import apply_mask, get_mask
 
 Criterion = Literal["fisher", "reversed", "random", "magnitude"]
 ScoringPoint = Literal["start", "perturbed"]
-Start = Literal["given", "fisher"]
 
 
 class FishConfig(BaseModel):
@@ -47,17 +43,12 @@ class FishConfig(BaseModel):
     num_trainable: int | None = Field(
         None, ge=1, description="Parameters to train in all, those of excluded tensors counted."
     )
-    start: Start = Field(
-        "given",
-        description="What LoRA's A starts from: what it is (given), or the directions in which B "
-        "has the most Fisher information (fisher).",
-    )
     scope: Scope = Field(
         "adaptive",
         description="How the quota is shared out: one pool (global), to every tensor by its size "
         "(per_tensor), so and within LoRA's to features, on which the ranks take turns (features), "
-        "as that but by size and root of the mean score (adaptive), equally to LoRA's A and B "
-        "(balanced), or to whole ranks of LoRA (rank).",
+        "as that but by size and root of the mean score (adaptive), or equally to LoRA's A and B "
+        "(balanced).",
     )
     criterion: Criterion = Field(
         "fisher",
@@ -98,13 +89,11 @@ def get_fish_model(
 ) -> nn.Module:
     """Scores the trainable parameters, selects among them and masks the model, in place.
 
-    With `start="fisher"` LoRA's A is aligned before, see `align_with_fisher`.
-
     Args:
         model: A model with its adapter on it.
         config: What to select.
         calibration_dataloader: Batches to score with, as in `calculate_fisher_information`; the
-            criteria random and magnitude need none with `start="given"`.
+            criteria random and magnitude need none.
         loss_fn: As there.
         progress: As there.
 
@@ -126,10 +115,11 @@ def get_fish_model(
             config.names_to_exclude,
             config.num_trainable,
         )
-    by_data = config.criterion in ("fisher", "reversed")
-    if calibration_dataloader is None and (by_data or config.start == "fisher"):
-        what = f"criterion={config.criterion!r}" if by_data else f"start={config.start!r}"
-        raise ValueError(f"{what} needs a calibration_dataloader; random and magnitude do not")
+    if calibration_dataloader is None and config.criterion in ("fisher", "reversed"):
+        raise ValueError(
+            f"criterion={config.criterion!r} needs a calibration_dataloader; random and magnitude "
+            "do not"
+        )
     options: dict[str, Any] = {
         "estimator": config.estimator,
         "num_samples": config.num_samples,
@@ -137,22 +127,8 @@ def get_fish_model(
         "seed": config.seed,
         "progress": progress,
     }
-    batches = calibration_dataloader
-    given = {}
-    try:
-        if config.start == "fisher" and batches is not None:
-            if isinstance(batches, Iterator):
-                batches = list(batches)  # They are needed twice.
-            given = {n: p.detach().clone() for n, p in trainable.items() if side_of(n) == "A"}
-            align_with_fisher(model, batches, **options)
-        return apply_mask(
-            model, select(_scores(model, trainable, config, batches, options), config)
-        )
-    except BaseException:
-        with torch.no_grad():
-            for name, tensor in given.items():
-                trainable[name].copy_(tensor)
-        raise
+    scores = _scores(model, trainable, config, calibration_dataloader, options)
+    return apply_mask(model, select(scores, config))
 
 
 def select(scores: dict[str, Tensor], config: FishConfig) -> FishMask:

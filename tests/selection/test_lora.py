@@ -30,32 +30,6 @@ def pairs(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs())
-def test_whole_ranks_by_worth(scores):
-    """Guards rank scope, for every k: whole ranks in the order of worth, then the best of one."""
-    units = [([("norm", (i,))], float(score)) for i, score in enumerate(scores["norm"])]
-    for name, a in scores.items():
-        if "lora_A" not in name and "lora_embedding_A" not in name:
-            continue
-        other = name.replace("_A", "_B")
-        for j in range(len(a)):
-            of_a = [(name, (j, *map(int, i))) for i in torch.ones(a.shape[1:]).nonzero()]
-            rest = torch.ones(scores[other].select(1, j).shape).nonzero().tolist()
-            of_b = [(other, (i[0], j, *i[1:])) for i in rest]
-            zero_side = of_a if "embedding" in name else of_b
-            worth = sum(float(scores[n][i]) for n, i in zero_side) / len(of_a + of_b)
-            by_score = [
-                sorted(side, key=lambda e: -float(scores[e[0]][e[1]])) for side in (of_b, of_a)
-            ]
-            units.append((by_score[0] + by_score[1], worth))
-    order = [entry for entries, _ in sorted(units, key=lambda unit: -unit[1]) for entry in entries]
-    for k in range(1, len(order) + 1):
-        mask = create_mask_from_fisher(scores, num_trainable=k, scope="rank")
-        chosen = {(n, tuple(map(int, i))) for n, bits in mask.items() for i in bits.nonzero()}
-        assert chosen == set(order[:k])
-
-
-@settings(max_examples=60, deadline=None)
 @given(pairs(), st.sampled_from(["features", "adaptive"]))
 def test_features_are_dealt_to_the_ranks(scores, scope):
     """Guards both scopes, for every k: the best features first, each rank in its turn."""
@@ -96,10 +70,3 @@ def test_features_without_scores_are_reported(caplog):
     }
     create_mask_from_fisher(scores, num_trainable=6, scope="features")
     assert "6 entries tie at score 0" in caplog.text
-
-
-def test_ranks_without_pairs_are_entries():
-    """Guards models without LoRA, and what is only named like a pair."""
-    scores = {"m.lora_A.x": torch.rand(3, 4), "m.lora_B.x": torch.rand(5, 2), "w": torch.rand(6)}
-    by_rank = create_mask_from_fisher(scores, num_trainable=9, scope="rank")
-    assert by_rank == create_mask_from_fisher(scores, num_trainable=9)

@@ -1,8 +1,7 @@
-"""LoRA's pairs: what their tensors are called, and selecting from them by rank or by feature."""
+"""LoRA's pairs: what their tensors are called, and selecting from them by feature."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -35,53 +34,6 @@ def opposite_side(name: str) -> str:
         + ("A" if match["side"] == "B" else "B")
         + name[match.end("side") :]
     )
-
-
-def select_ranks(
-    scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Tie]:
-    """As `highest`, with LoRA's ranks as a whole."""
-    shared = {**scores, **_rank_worths(scores, dtype)}
-    masks, (worth, tied, taken) = highest(shared, k, dtype)
-    if taken in (0, tied):
-        return masks, (worth, tied, taken)
-    # The last rank has more entries than are left. A's alone would have no gradient.
-    at_worth = {name: shared[name].to(dtype) == worth for name in scores}
-    masks = {name: masks[name] & ~at_worth[name] for name in scores}
-    tie = (worth, 0, 0)
-    for side in ("B", "", "A"):
-        last = {n: s.to(dtype) for n, s in scores.items() if side_of(n) == side}
-        of_side = sum(int(at_worth[name].sum()) for name in last)
-        quota = min(taken, of_side)
-        if not quota:
-            continue
-        own = {name: last[name].masked_fill(~at_worth[name], -math.inf) for name in last}
-        selected, tie = highest(own, quota, dtype)
-        masks |= {name: masks[name] | selected[name] for name in last}
-        taken -= quota
-    return masks, tie
-
-
-def _rank_worths(scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Each entry's score replaced by what its rank is worth, where both sides of a pair are there.
-
-    A is (r, ...) and B (out, r, ...).
-    """
-    worths = {}
-    for name, a in scores.items():
-        other = opposite_side(name) if side_of(name) == "A" else ""
-        if other not in scores or min(a.dim(), scores[other].dim()) < 2:
-            continue
-        b = scores[other].transpose(0, 1)
-        if len(a) != len(b):
-            continue
-        zero_at_start = a if "lora_embedding_" in name else b
-        total = zero_at_start.flatten(1).sum(1, dtype=torch.float64)
-        worth = (total / (a[0].numel() + b[0].numel())).to(dtype)
-        of_a = worth.to(a.device).reshape(-1, *[1] * (a.dim() - 1))
-        of_b = worth.to(b.device).reshape(-1, *[1] * (b.dim() - 1))
-        worths[name], worths[other] = of_a.expand_as(a), of_b.expand_as(b).transpose(0, 1)
-    return worths
 
 
 def select_features(

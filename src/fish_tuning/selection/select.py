@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.selection.lora import select_features, select_ranks
+from fish_tuning.selection.lora import select_features
 from fish_tuning.selection.ranking import Tie, highest
 from fish_tuning.selection.shares import Scope, shares_of
 
@@ -243,7 +243,7 @@ def _num_to_select(
     return int(num_trainable) - num_dense
 
 
-_SELECTS = {"rank": select_ranks, "features": select_features, "adaptive": select_features}
+_SELECTS = {"features": select_features, "adaptive": select_features}
 
 
 def _report_ties(ties: Sequence[Tie]) -> None:

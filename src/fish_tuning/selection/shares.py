@@ -12,16 +12,13 @@ from torch import Tensor
 
 from fish_tuning.selection.lora import kind_of, side_of
 
-Scope = Literal["global", "per_tensor", "balanced", "rank", "features", "adaptive"]
+Scope = Literal["global", "per_tensor", "balanced", "features", "adaptive"]
 """How the quota of k entries is shared out before the best are taken.
 
 - `"global"`: not at all, the k best of the whole pool (arXiv 2504.04050, equation 4).
 - `"per_tensor"`: to every tensor in proportion to its size.
 - `"balanced"`: in equal parts to those of these kinds that the pool has: LoRA's A, LoRA's B, all
   other tensors. Without LoRA that is the same as `"global"`.
-- `"rank"`: not at all, but LoRA's ranks are taken whole: a row of A with the column of B that it
-  feeds, worth the scores of the side that starts at zero (B, for embeddings A) per entry of both.
-  Of the last rank what is left is taken, the best of B first.
 - `"features"`: to every tensor in proportion to its size, and within LoRA's to features, which are
   the columns of A and the rows of B: the best features first, by the sum of their scores over the
   ranks, and the ranks take turns. See `select_features`.
@@ -46,7 +43,7 @@ def shares_of(
         k: How many to share out.
         scope: How.
     """
-    if scope in ("global", "rank"):
+    if scope == "global":
         return [(list(sizes), k)]
     if scope in ("per_tensor", "features"):
         return _one_each(proportional(k, sizes, sizes))

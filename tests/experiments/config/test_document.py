@@ -34,8 +34,6 @@ def test_bounds_and_choices_are_said():
         if line.startswith("| `")
     }
     assert "| number, above 0, at most 1 | `1.0` |" in rows["`prune_to_ratio_of_baseline`"]
-    assert (
-        "| `global`, `per_tensor`, `balanced`, `rank`, `features`, `adaptive` |" in rows["`scope`"]
-    )
+    assert "| `global`, `per_tensor`, `balanced`, `features`, `adaptive` |" in rows["`scope`"]
     assert "| list: text or text | `null` |" in rows["`target_modules`"]
     assert "| text | required |" in rows["`method`"]

@@ -12,16 +12,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from fish_tuning import FishMask
 from fish_tuning.experiments.arms import planned
-from fish_tuning.experiments.config.schema import AFTER_WARMUP
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
 from fish_tuning.experiments.runs import run as run_module
-from fish_tuning.experiments.runs import scoring, training
+from fish_tuning.experiments.runs import training
 from fish_tuning.experiments.runs.run import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
 
@@ -198,40 +196,6 @@ def test_a_variant_selects_from_its_own_adapter(files, tmp_path):
     assert all("shira" in name or "classifier" in name for name in weights(tmp_path, sparse))
 
 
-def test_an_aligned_start_survives_an_interruption(files, tmp_path, monkeypatch):
-    """Guards A: aligned before the count of what changes, and again where a selection is found."""
-
-    def one_arm(folder, start):
-        return experiment(
-            *files,
-            tmp_path / folder,
-            fish_tuning={"methods_to_run": ["LoRA-FISH"], "start": start},
-        )
-
-    (whole,) = run_experiment(one_arm("whole", "fisher"), name="e").runs
-    assert whole.trainable_params == whole.budget >= whole.changed_params
-    (given,) = run_experiment(one_arm("given", "given"), name="e").runs
-    aligned, drawn = weights(tmp_path / "whole", whole), weights(tmp_path / "given", given)
-    mask = FishMask.from_pretrained(tmp_path / "whole" / whole.adapter)
-    name = next(name for name in mask if "lora_A" in name)
-    frozen = ~mask[name]
-    key = name.replace(".default.", ".")
-    assert not torch.isclose(aligned[key][frozen], drawn[key][frozen]).any()
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.FishTuningTrainer, "train", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_experiment(one_arm("again", "fisher"), name="e")
-    assert list((tmp_path / "again").glob("runs/*/selection/selection.json"))
-    (again,) = run_experiment(one_arm("again", "fisher"), name="e").runs
-    assert (again.metrics, again.mask_density) == (whole.metrics, whole.mask_density)
-    resumed = weights(tmp_path / "again", again)
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in aligned.items())
-
-
 def test_finished_runs_are_skipped_and_failed_ones_tried_again(files, tmp_path, monkeypatch):
     """Guards a sweep against one bad run, and a rerun against training what is there."""
     config = experiment(*files, tmp_path, **FEW_ARMS, seeds=[1, 2])
@@ -325,13 +289,6 @@ def test_two_sweeps_in_one_folder(files, tmp_path):
         ({"lora": {"target_modules": ["nope"]}}, "lora.target_modules: .*nope"),
         ({"fish_tuning": {"prune_to_ratio_of_baseline": 0.001}}, "0.001 of the baseline is 0 "),
         ({"peers": [{"method": "IA3", "config": {"rr": 1}}]}, "IA3: IA3Config has no 'rr'"),
-        (
-            {
-                "fish_tuning": {"variants": [{"name": "x", "criterion": "movement"}]},
-                "training": {"args_override": {"optim": "sgd"}},
-            },
-            r"variants: x: movement looks at .* training.args_override.optim: 'sgd'",
-        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(files, tmp_path, changes, message):
@@ -355,71 +312,6 @@ def test_scoring_points(files, tmp_path, point):
     assert run.status == "finished", run.error
     chosen = sum(tensor.selected for tensor in run.mask_density if "lora_A" in tensor.name)
     assert (chosen > 0) == (point == "warmup")
-
-
-@pytest.mark.parametrize("criterion", AFTER_WARMUP)
-def test_criteria_after_a_warmup(files, tmp_path, monkeypatch, criterion):
-    """Guards the scores against AdamW written out in float64, and the start against the steps."""
-    gradients, starts, scored = [], [], []
-    selected = scoring.create_mask_from_fisher
-
-    class Recording(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            starts.append({n: p.detach().double() for n, p in tensors.items()})
-            gradients.append({n: p.grad.double() for n, p in tensors.items()})
-
-    def after(steps):
-        trainer = built(steps)
-        trainer.add_callback(Recording())
-        return trainer
-
-    def select(model, arm, config, budget, train, collate, warmup):
-        nonlocal built
-        built = warmup
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        selection = scoring.select(model, arm, config, budget, train, collate, after)
-        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        if arm.variant:
-            provenance = selection.mask.provenance
-            assert (provenance["scoring_point"], provenance["warmup_steps"]) == ("warmup", steps)
-        return selection
-
-    def keep(scores, **options):
-        scored.append(scores)
-        return selected(scores, **options)
-
-    built = None
-    monkeypatch.setattr(training, "select", select)
-    monkeypatch.setattr(scoring, "create_mask_from_fisher", keep)
-    steps, rate = 4, 1e-2
-    fish = {
-        "methods_to_run": ["LoRA-FISH"],
-        "variants": [{"name": "x", "criterion": criterion, "rule": {"warmup_steps": steps}}],
-    }
-    args = {"learning_rate": rate, "lr_scheduler_type": "constant", "weight_decay": 0.0}
-    config = experiment(*files, tmp_path, training={"args_override": args}, fish_tuning=fish)
-    own, run = run_experiment(config, name="e").runs
-    assert run.status == "finished", run.error
-    assert run.trainable_params == run.budget == own.budget and not run.score_histograms
-    assert len(gradients) == steps
-    for name, score in scored[-1].items():
-        start = w = starts[0][name]
-        m, v = torch.zeros_like(w), torch.zeros_like(w)
-        for step, gradient in enumerate((g[name] for g in gradients), 1):
-            m = 0.9 * m + 0.1 * gradient
-            v = 0.999 * v + 0.001 * gradient**2
-            w = w - rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-        expected = {
-            "movement": (w - start).abs(),
-            "second_moment": v,
-            "adam_gain": torch.where(v > 0, m**2 / v.sqrt(), 0.0),
-            "sensitivity": (w * m).abs(),
-        }[criterion]
-        assert expected.max() > 0
-        torch.testing.assert_close(
-            score.double(), expected, rtol=2e-3, atol=2e-3 * float(expected.max())
-        )
 
 
 def test_a_decoder_in_half_precision_on_regression(tmp_path):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -38,9 +38,7 @@ ORIGINAL_LORA = "Original LoRA"
 Method = Literal[
     "Original LoRA", "LoRA-FISH", "LoRA-FISH-rand", "LoRA-FISH-rev", "LoRA (FISH rank)", "LoRA-FA"
 ]
-AfterWarmup = Literal["movement", "second_moment", "adam_gain", "sensitivity"]
-AFTER_WARMUP: tuple[AfterWarmup, ...] = get_args(AfterWarmup)
-Criterion = Literal["fisher", "random", "reversed"] | AfterWarmup
+Criterion = Literal["fisher", "random", "reversed"]
 """What a masked arm selects by."""
 
 DEFAULT_METHODS: list[Method] = [
@@ -332,16 +330,11 @@ class SelectionRule(_Section):
     num_samples: Positive = Field(
         default=128, description="Training examples that the Fisher scores are computed on."
     )
-    start: Literal["given", "fisher"] = Field(
-        default="given",
-        description="What LoRA's A starts from: as PEFT draws it, or the directions in which B "
-        "has the most Fisher information.",
-    )
-    scope: Literal["global", "per_tensor", "balanced", "rank", "features", "adaptive"] = Field(
+    scope: Literal["global", "per_tensor", "balanced", "features", "adaptive"] = Field(
         default="adaptive",
         description="How the budget is shared before the best entries are taken: not at all, by "
-        "tensor size, in halves to LoRA's A and B, to whole ranks of LoRA, by tensor size and "
-        "feature, on which the ranks take turns, or so by size and root of the mean score.",
+        "tensor size, in halves to LoRA's A and B, by tensor size and feature, on which the "
+        "ranks take turns, or so by size and root of the mean score.",
     )
     scoring_point: Literal["start", "perturbed", "warmup"] = Field(
         default="perturbed",
@@ -349,9 +342,7 @@ class SelectionRule(_Section):
         "start with a small random B, or after warm-up steps that are then undone.",
     )
     warmup_steps: Positive = Field(
-        default=32,
-        description="Training steps before scoring; with scoring_point: warmup, and with the "
-        "criteria that look at AdamW.",
+        default=32, description="Training steps before scoring; with scoring_point: warmup."
     )
     estimator: Literal["empirical", "true"] = Field(
         default="empirical",
@@ -376,14 +367,11 @@ class VariantConfig(_Section):
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
     criterion: Criterion = Field(
-        default="fisher",
-        description="What the rule ranks by: as in LoRA-FISH, -rand and -rev, or what AdamW has "
-        "after warm-up steps that are then undone: each entry's movement |w - w0|, its second "
-        "moment v, its gain m^2 / sqrt(v), or its sensitivity |w m|, with m the first moment.",
+        default="fisher", description="What the rule ranks by: as in LoRA-FISH, -rand and -rev."
     )
     rule: dict[str, Any] = Field(
         default={},
-        description="What differs from fish_tuning's own rule: num_samples, start, scope, "
+        description="What differs from fish_tuning's own rule: num_samples, scope, "
         "scoring_point, warmup_steps or estimator.",
     )
     adapter: AdapterConfig | None = Field(

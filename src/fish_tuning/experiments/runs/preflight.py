@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 from fish_tuning.experiments.config.load import check_output_dir
-from fish_tuning.experiments.config.schema import AFTER_WARMUP, ExperimentConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.find import check_model
-
-ADAM = ("adamw_torch", "adamw_torch_fused")
-"""The optimizers whose moments the criteria of `AFTER_WARMUP` look at."""
 
 
 def check_before_run(config: ExperimentConfig) -> None:
@@ -46,8 +43,7 @@ def check_training_args(config: ExperimentConfig) -> None:
     """Check the conflicts among training arguments that transformers finds only when it builds.
 
     Raises:
-        ConfigError: If the best model cannot be kept because saving and evaluation differ, or a
-            criterion looks at an optimizer that is not used.
+        ConfigError: If the best model cannot be kept because saving and evaluation differ.
     """
     args = config.training_args
     strategies = {
@@ -75,13 +71,6 @@ def check_training_args(config: ExperimentConfig) -> None:
                 f"{_path(config, 'save_steps')}: {save_steps:g} is no multiple of eval_steps "
                 f"({interval:g}) and load_best_model_at_end is true; make it one, {remedy}"
             )
-    optimizer = args.get("optim", ADAM[0])
-    problems += [
-        f"fish_tuning.variants: {variant.name}: {variant.criterion} looks at AdamW's moments, "
-        f"which {_path(config, 'optim')}: {optimizer!r} does not keep; use one of {', '.join(ADAM)}"
-        for variant in config.fish_tuning.variants
-        if variant.criterion in AFTER_WARMUP and optimizer not in ADAM
-    ]
     if problems:
         raise ConfigError(problems)
 

@@ -17,13 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from fish_tuning.experiments.arms import Arm
-from fish_tuning.experiments.config.schema import Criterion, ExperimentConfig, SelectionRule
+from fish_tuning.experiments.config.schema import ExperimentConfig, SelectionRule
 from fish_tuning.experiments.models.adapters import trainable_tensors
 from fish_tuning.experiments.models.counts import names_left_dense
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.runs.measurements import snapshot
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.scoring.alignment import align_with_fisher
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.selection.lora import side_of
 from fish_tuning.selection.select import (
@@ -33,21 +32,6 @@ from fish_tuning.selection.select import (
 )
 
 logger = logging.getLogger(__name__)
-
-_Score = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-_BY_ADAM: dict[Criterion | None, _Score] = {
-    # Lottery-ticket sparse fine-tuning, arXiv 2110.07560.
-    "movement": lambda now, start, adam: (now - start).abs(),
-    # Mean squared gradients of batches: Fisher information summed along the path.
-    "second_moment": lambda now, start, adam: adam["exp_avg_sq"],
-    # What a step by the mean gradient gives to first order: m times Adam's m / sqrt(v).
-    "adam_gain": lambda now, start, adam: (
-        adam["exp_avg"].square() / adam["exp_avg_sq"].sqrt().clamp_min(1e-30)
-    ),
-    # What setting the entry to zero costs, to first order.
-    "sensitivity": lambda now, start, adam: (now * adam["exp_avg"]).abs(),
-}
-"""Criteria of an entry: from its value, that at the start, and AdamW's state of it."""
 
 _RECORD = "selection.json"
 _BINS = 60
@@ -90,29 +74,6 @@ class Selection:
         return cls(mask, record.score_seconds, record.score_histograms)
 
 
-def prepare_start(
-    model: nn.Module, arm: Arm, config: ExperimentConfig, train: Any, collate: Callable[[Any], Any]
-) -> float:
-    """Bring a masked arm's adapter to where its rule wants it to start.
-
-    Args:
-        model: The model with its adapter as PEFT draws it, changed in place.
-        arm: A masked arm.
-        config: The experiment.
-        train: Tokenised training examples.
-        collate: Makes a batch of some of them.
-
-    Returns:
-        The seconds that it took.
-    """
-    began = time.perf_counter()
-    rule, seed = config.fish_tuning.rule_of(arm.variant), _seed(arm, config)
-    if rule.start == "fisher":
-        loader = _calibration_set(rule, seed, config, train, collate)
-        align_with_fisher(model, loader, **_options(rule, seed))
-    return time.perf_counter() - began
-
-
 def select(
     model: nn.Module,
     arm: Arm,
@@ -131,21 +92,14 @@ def select(
         budget: Parameters to train in all, head included.
         train: Tokenised training examples.
         collate: Makes a batch of some of them.
-        warmup: Builds a Trainer for that many steps; called for the scoring point "warmup", and
-            for the criteria that look at AdamW.
+        warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
     """
     rule = config.fish_tuning.rule_of(arm.variant)
     seed = _seed(arm, config)
     began = time.perf_counter()
-    criterion = _BY_ADAM.get(arm.criterion)
-    point = rule.scoring_point if criterion is None else "warmup"
     histograms: list[ScoreHistogram] = []
     if arm.criterion == "random":
         scores = random_scores(trainable_tensors(model), seed)
-    elif criterion is not None:
-        scores = _after_warmup(
-            model, rule, warmup, lambda trainer, start: _by_adam(model, trainer, start, criterion)
-        )
     else:
         loader = _calibration_set(rule, seed, config, train, collate)
         scores = _fisher(model, rule, loader, _options(rule, seed), warmup)
@@ -161,9 +115,8 @@ def select(
         scope=rule.scope,
         provenance={
             "criterion": arm.criterion,
-            "start": rule.start,
-            "scoring_point": point,
-            "warmup_steps": rule.warmup_steps if point == "warmup" else None,
+            "scoring_point": rule.scoring_point,
+            "warmup_steps": rule.warmup_steps if rule.scoring_point == "warmup" else None,
             "estimator": rule.estimator,
             "num_samples": rule.num_samples,
             "seed": seed,
@@ -207,7 +160,7 @@ def _fisher(
     if rule.scoring_point == "start":
         return calculate_fisher_information(model, loader, **options)
     return _after_warmup(
-        model, rule, warmup, lambda *_: calculate_fisher_information(model, loader, **options)
+        model, rule, warmup, lambda: calculate_fisher_information(model, loader, **options)
     )
 
 
@@ -215,7 +168,7 @@ def _after_warmup(
     model: nn.Module,
     rule: SelectionRule,
     warmup: Callable[[int], Trainer],
-    score: Callable[[Trainer, Mapping[str, Tensor]], dict[str, Tensor]],
+    score: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Scores of a model that has made its first steps; these are then undone."""
     start = snapshot(model, trainable_tensors(model))
@@ -226,27 +179,13 @@ def _after_warmup(
         trainer.train()
         # Mixed precision wraps the forward pass, and would a second time in the training itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        return score(trainer, start)
+        return score()
     finally:
         with torch.no_grad():
             for name, parameter in trainable_tensors(model).items():
                 parameter.copy_(start[name])
                 parameter.grad = None
         model.train(training)
-
-
-def _by_adam(
-    model: nn.Module, trainer: Trainer, start: Mapping[str, Tensor], criterion: _Score
-) -> dict[str, Tensor]:
-    """Scores by what AdamW knows of each entry; tensors that got no gradient have 0."""
-    optimizer: Any = trainer.optimizer
-    scores = {}
-    for name, parameter in trainable_tensors(model).items():
-        now, state = parameter.detach(), optimizer.state.get(parameter)
-        scores[name] = (
-            criterion(now, start[name].to(now), state) if state else torch.zeros_like(now)
-        )
-    return scores
 
 
 class _StopAfter(TrainerCallback):

@@ -38,7 +38,7 @@ from fish_tuning.experiments.results import Run, TensorDensity
 from fish_tuning.experiments.runs import environment, processes
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.runs.measurements import Measurements, Report, snapshot
-from fish_tuning.experiments.runs.scoring import Selection, prepare_start, select
+from fish_tuning.experiments.runs.scoring import Selection, select
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.trainer import FishTuningTrainer
 
@@ -195,8 +195,6 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
 
     selection, score_seconds = None, 0.0
     if arm.criterion is not None:
-        # Before a selection that an interrupted run has left, too: it holds no weights.
-        score_seconds = prepare_start(model, arm, config, task.train, task.collate)
         selection = processes.in_main(lambda: Selection.load(folder / SELECTION_FOLDER))
         if selection is None:
             if processes.is_main():
@@ -204,7 +202,7 @@ def run_arm(arm: Arm, task: Task, folder: Path, report: Report) -> Run:
             selection = _select(model, arm, task, args)
             if processes.is_main():
                 selection.save(folder / SELECTION_FOLDER)
-        score_seconds += selection.seconds
+        score_seconds = selection.seconds
     start = snapshot(model, trained)
 
     measurements = Measurements(start, counts.trainable, report)
