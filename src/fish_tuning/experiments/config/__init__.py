@@ -1,1 +1,1 @@
-"""YAML -> a checked experiment config."""
+"""From YAML to a checked experiment config."""

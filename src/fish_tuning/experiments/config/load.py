@@ -1,4 +1,4 @@
-"""Load an experiment's YAML: a base file, the experiment over it, overrides over both."""
+"""Load an experiment's config from its YAML file, the base file below it, and overrides."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ __all__ = ["ConfigError", "ExperimentConfig", "check_output_dir", "find_base", "
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Load an experiment: `base_config.yaml`, the file over it, overrides over both.
+    """Load an experiment's config.
 
-    The base is the `base_config.yaml` in the file's folder or the one above, if there is one.
-    Mappings are merged at every depth; lists and values are replaced.
+    Overrides take precedence over the file, and the file over the `base_config.yaml` in its folder
+    or the parent folder, if there is one. Mappings are merged at every depth; lists and other
+    values are replaced.
 
     Args:
         path: The experiment's YAML file.
-        overrides: Such as `"lora.fish_rank=32"` or `"seeds=[1, 2]"`, the values in YAML.
+        overrides: Such as `"lora.fish_rank=32"` or `"seeds=[1, 2]"`, with values in YAML.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: The config is wrong; the error lists every problem.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -49,10 +50,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     raw: dict[str, Any] = {}
     problems = []
     for layer in layers:
-        # Before the layers meet: the one below may use the new name.
+        # Renamed before merging: the layer below may use the new name.
         problems += _rename_in(layer)
         raw = merge(raw, layer)
-    # A section with nothing below it is one that was left out.
+    # An empty section counts as left out.
     raw = {key: value for key, value in raw.items() if value is not None}
     try:
         config = ExperimentConfig.model_validate(raw)
@@ -64,7 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 
 
 def find_base(path: Path) -> Path | None:
-    """Return the `base_config.yaml` that an experiment file is laid over."""
+    """Find the `base_config.yaml` whose values an experiment file overrides."""
     folder = path.absolute().parent
     for candidate in (folder / "base_config.yaml", folder.parent / "base_config.yaml"):
         if candidate.is_file() and candidate != path.absolute():
@@ -76,7 +77,7 @@ def check_output_dir(path: str | Path) -> None:
     """Check, without creating anything, that results can be written to a folder.
 
     Raises:
-        ConfigError: If it, or the folder it would be created in, is a file or not writable.
+        ConfigError: The folder, or the one it would be created in, is a file or not writable.
     """
     folder = Path(path).absolute()
     while not folder.exists():
@@ -94,7 +95,7 @@ def check_output_dir(path: str | Path) -> None:
 
 
 def _rename_in(raw: dict[str, Any]) -> list[str]:
-    """Map old names of training arguments in a raw config, in place; return the problems."""
+    """Rename old training arguments in a raw config, in place, and return the problems."""
     problems = []
     for section, key in (("base_training", "args"), ("training", "args_override")):
         args = raw[section].get(key) if isinstance(raw.get(section), dict) else None

@@ -1,4 +1,4 @@
-"""Say in the user's words what pydantic found wrong with a config."""
+"""Describe what pydantic found wrong with a config, in terms of the YAML file."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from fish_tuning.experiments.config.training_args import FieldProblems, argument
 
 
 def describe(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
-    """Describe pydantic's errors: one line a place, with value, what is allowed, what to do."""
-    said: dict[str, list[str]] = {}
+    """Describe pydantic's errors, one line per key: the value, what is allowed, what to do."""
+    texts: dict[str, list[str]] = {}
     hints: dict[str, str] = {}
     for details in error.errors(include_url=False):
         path, hint = _locate(details, raw)
         cause = (details.get("ctx") or {}).get("error")
         if isinstance(cause, FieldProblems):
             for name, text in cause.problems.items():
-                said.setdefault(f"{path}.{name}".lstrip("."), []).append(text)
+                texts.setdefault(f"{path}.{name}".lstrip("."), []).append(text)
         elif details["type"] == "extra_forbidden":
-            said.setdefault(path, []).append(_unknown_key(path))
+            texts.setdefault(path, []).append(_unknown_key(path))
         elif details["type"] == "missing":
-            said.setdefault(path, []).append("is required")
+            texts.setdefault(path, []).append("is required")
             hints[path] = hint
         else:
-            # The members of a union each report the same value.
-            first = path not in said
+            # Each member of a union reports the same value; show it once.
+            first = path not in texts
             value = f"{reprlib.repr(details['input'])} " if first else ""
             message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            said.setdefault(path, []).append(value + message)
+            texts.setdefault(path, []).append(value + message)
             if cause is None:
                 hints[path] = hint
     return [
-        f"{path}: {' or '.join(texts)}" + (f". {hints[path]}" if hints.get(path) else "")
-        for path, texts in said.items()
+        f"{path}: {' or '.join(found)}" + (f". {hints[path]}" if hints.get(path) else "")
+        for path, found in texts.items()
     ]
 
 
 def _locate(details: ErrorDetails, raw: Any) -> tuple[str, str]:
     """Return an error's dotted path in the YAML, and the description of its field.
 
-    Pydantic's own location also holds the members of unions, which are no part of the YAML.
+    Pydantic's own location also names the members of unions, which are not in the YAML.
     """
     path, hint = "", ""
     schema: type[BaseModel] | None = ExperimentConfig
@@ -68,7 +68,7 @@ def _locate(details: ErrorDetails, raw: Any) -> tuple[str, str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds, or holds a list of."""
+    """Return the model of the section, or of the list of sections, that a field holds."""
     for kind in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
@@ -76,7 +76,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _unknown_key(path: str) -> str:
-    """Say which known key an unknown one was probably meant to be."""
+    """Say that a key is unknown, which key was probably meant, and which keys there are."""
     parent, _, key = path.rpartition(".")
     known = _known_paths(ExperimentConfig)
     prefix = re.sub(r"\[\d+\]", "[]", f"{parent}." if parent else "")
@@ -92,7 +92,7 @@ def _unknown_key(path: str) -> str:
     elif elsewhere:
         meant = leaves[elsewhere[0]]
     hint = f"; did you mean {meant!r}?" if meant else ""
-    return f"unknown key{hint} (here are known: {', '.join(siblings)})"
+    return f"unknown key{hint} (known: {', '.join(siblings)})"
 
 
 def _known_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:

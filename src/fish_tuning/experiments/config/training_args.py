@@ -26,37 +26,14 @@ DEFAULT_ARGS: dict[str, Any] = {
     "load_best_model_at_end": True,
     "report_to": "none",
 }
-"""Training arguments where neither base_config.yaml nor the experiment says otherwise."""
+"""Training arguments that neither base_config.yaml nor the experiment sets."""
 
-_RENAMED = {
-    "adafactor": "optim",
+_OLD_NAMES = {
     "evaluation_strategy": "eval_strategy",
-    "fp16_backend": None,
-    "fp16_opt_level": None,
-    "group_by_length": "train_sampling_strategy",
-    "half_precision_backend": None,
-    "include_tokens_per_second": None,
-    "jit_mode_eval": None,
-    "logging_dir": None,
-    "mp_parameters": None,
-    "no_cuda": "use_cpu",
     "overwrite_output_dir": None,
-    "past_index": None,
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "ray_scope": None,
-    "save_safetensors": None,
-    "torchdynamo": "torch_compile_backend",
-    "tpu_num_cores": None,
-    "use_ipex": None,
-    "use_legacy_prediction_loop": None,
-    "use_mps_device": None,
     "warmup_ratio": "warmup_steps",
 }
-"""Names of older transformers to today's; None where the argument is gone and nothing is lost."""
-
-# Old switches whose successor takes a name; switched off, they say nothing.
-_SWITCHES = {"adafactor": "adafactor", "group_by_length": "group_by_length"}
+"""Names of older transformers that the original work's files use, and today's; None: gone."""
 
 _SET_ELSEWHERE = {
     "output_dir": "training.output_dir",
@@ -79,10 +56,10 @@ _SIMPLE_TYPES: dict[str, Any] = {
 
 
 class FieldProblems(ValueError):
-    """Several problems of one part of a config.
+    """Several problems in one section of a config.
 
     Args:
-        problems: Path below that part to what is wrong there.
+        problems: What is wrong, by the path below that section.
     """
 
     def __init__(self, problems: Mapping[str, str]) -> None:
@@ -94,52 +71,51 @@ class FieldProblems(ValueError):
 def argument_types() -> dict[str, str]:
     """Return the fields of the installed transformers.TrainingArguments and their annotations.
 
-    They are read from its source: importing it takes longer than a wrong config may take to be
-    refused.
+    They are parsed from its source, because importing it takes seconds and a wrong config should
+    be refused at once.
     """
     fields = _class_fields("transformers", "training_args.py", "TrainingArguments")
-    # A dataclass field is annotated; what is not is a constant of the class.
+    # Dataclass fields are annotated; other assignments are constants of the class.
     return {name: annotation for name, annotation in fields.items() if annotation}
 
 
 @functools.cache
 def peft_methods() -> tuple[str, ...]:
-    """Return the names of the installed PEFT's methods, read from its source."""
+    """Return the names of the installed PEFT's methods, parsed from its source."""
     return tuple(_class_fields("peft", "utils/peft_types.py", "PeftType"))
 
 
 def rename_old(args: Mapping[Any, Any], path: str) -> tuple[dict[Any, Any], list[str]]:
-    """Replace argument names of older transformers, with a logged notice each.
+    """Replace argument names of older transformers, and log a warning for each.
 
     Args:
         args: The arguments as given.
-        path: Where they stand in the config, for what is said.
+        path: Where they stand in the config, for messages.
 
     Returns:
-        The arguments under today's names, and a problem for each that is given under both.
+        The arguments under today's names, and a problem for each that is also given under its
+        new name.
     """
     renamed: dict[Any, Any] = {}
     problems = []
     for name, value in args.items():
-        if name not in _RENAMED or name in argument_types():
+        if name not in _OLD_NAMES or name in argument_types():
             renamed[name] = value
-            continue
-        new = _RENAMED[name]
-        if new is None or (name in _SWITCHES and value is False):
+        elif (new := _OLD_NAMES[name]) is None:
             logger.warning("%s.%s: transformers no longer has it; left out", path, name)
         elif new in args:
             problems.append(f"{path}.{name}: is the old name of {new}, given too; remove one")
         else:
             logger.warning("%s.%s: is called %s now; taken as that", path, name, new)
-            renamed[new] = _SWITCHES.get(name, value)
+            renamed[new] = value
     return renamed, problems
 
 
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
-    """Check names and plain types of training arguments, and convert numbers written as text.
+    """Check the names and simple types of training arguments; convert numbers written as text.
 
     Raises:
-        FieldProblems: With every argument that is unknown, of the wrong type or set elsewhere.
+        FieldProblems: Arguments are unknown, of the wrong type or set elsewhere in the config.
     """
     types = argument_types()
     checked, problems = {}, {}
@@ -149,7 +125,7 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
         elif name not in types:
             near = difflib.get_close_matches(name, types, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems[name] = f"is no argument of transformers.TrainingArguments{hint}"
+            problems[name] = f"is not an argument of transformers.TrainingArguments{hint}"
         elif types[name] in _SIMPLE_TYPES:
             try:
                 if isinstance(value, bool) and "bool" not in types[name]:
@@ -165,7 +141,7 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_fields(package: str, file: str, name: str) -> dict[str, str]:
-    """Return the names assigned in a class body of an installed package, with annotations."""
+    """Return the public names assigned in a class body of an installed package: annotations."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed", name=package)

