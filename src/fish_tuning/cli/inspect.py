@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fish_tuning.cli.terminal import quiet_libraries, stdout, user_errors
+from fish_tuning.names import place_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,8 +19,6 @@ MASK_FILE = "fish_mask.json"
 PICTURE_FILE = "fish_mask.png"
 
 Counts = dict[tuple[str, str], tuple[int, int]]
-
-_LORA = re.compile(r"\.lora_(?:embedding_)?(A|B)(?:\.|$)")
 
 
 def inspect(
@@ -90,10 +88,12 @@ def density_table(mask: FishMask) -> Table:
     modules: Counts = {}
     sides: Counts = {}
     for name, bits in mask.items():
-        layer, module, side = _place(name)
+        place = place_of(name)
+        layer = "-" if place.layer is None else str(place.layer)
+        module = place.module.rpartition(".")[2]
         counts = int(bits.sum()), bits.numel()
         for row in (layer, "all"):
-            for cells, column in ((modules, module), (sides, side), (sides, "all")):
+            for cells, column in ((modules, module), (sides, place.side), (sides, "all")):
                 selected, entries = cells.get((row, column), (0, 0))
                 if column:
                     cells[row, column] = selected + counts[0], entries + counts[1]
@@ -109,18 +109,6 @@ def density_table(mask: FishMask) -> Table:
             table.add_section()
         table.add_row(row, *(_density(cells.get((row, column))) for column in columns))
     return table
-
-
-def _place(name: str) -> tuple[str, str, str]:
-    """Split a parameter's name into layer, module and A or B (empty for all else)."""
-    side = match[1] if (match := _LORA.search(name)) else ""
-    path = name.removeprefix("base_model.model.")
-    parts = path[: path.index(".lora_")].split(".") if match else path.split(".")[:-1] or [path]
-    number = next((part for part in parts if part.isdecimal()), "-")
-    # The head is wrapped by PEFT: classifier.modules_to_save.default.
-    if "modules_to_save" in parts:
-        parts = parts[: parts.index("modules_to_save")]
-    return number, parts[-1], side
 
 
 def _density(counts: tuple[int, int] | None) -> str:

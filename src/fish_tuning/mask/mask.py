@@ -21,6 +21,7 @@ from fish_tuning.mask.files import (
     unusable,
     write_mask,
 )
+from fish_tuning.names import layer_path
 
 
 class FishMask(Mapping[str, Tensor]):
@@ -95,7 +96,7 @@ class FishMask(Mapping[str, Tensor]):
         counts = [(count(tensor), tensor.numel()) for tensor in self.values()]
         layers: dict[str, tuple[int, int]] = {}
         for name, (selected, entries) in zip(self, counts, strict=True):
-            before = layers.get(layer := _layer(name), (0, 0))
+            before = layers.get(layer := layer_path(name), (0, 0))
             layers[layer] = (before[0] + selected, before[1] + entries)
         total = (sum(selected for selected, _ in counts), sum(entries for _, entries in counts))
         return "\n".join(
@@ -202,12 +203,6 @@ def _as_bool(name: str, tensor: Tensor) -> Tensor:
             "create_mask_from_fisher."
         )
     return tensor.detach() != 0
-
-
-def _layer(name: str) -> str:
-    parts = name.removeprefix("base_model.model.").split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join(parts[: number + 1])
 
 
 def _table(title: str, rows: Iterable[tuple[str, tuple[int, int]]]) -> list[str]:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fish_tuning.atomic import write_atomically, write_new_folder_atomically
 from fish_tuning.mask import FishMask
 from fish_tuning.mask.files import BITS_FILE, JSON_FILE
+from fish_tuning.names import without_adapter
 from fish_tuning.packing.packed_file import (
     Bytes,
     PackedFile,
@@ -46,9 +46,6 @@ Start = str | os.PathLike[str] | Mapping[str, Tensor]
 ModelOrName = str | os.PathLike[str] | nn.Module
 
 ADAPTER_CONFIG: TextName = "adapter_config.json"
-
-# Names in a mask are those of parameters; PEFT leaves the adapter's name out of its files.
-_ADAPTER_NAME = re.compile(r"(?:\.modules_to_save)?\.default(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -267,7 +264,7 @@ def _names_in_mask(slots: list[Slot], mask: FishMask) -> dict[str, str]:
     saved = {slot.name for slot in slots}
     names = {}
     for name in mask:
-        without = _ADAPTER_NAME.sub("", name)
+        without = without_adapter(name)
         # PEFT drops the end of DoRA's lora_magnitude_vector.default.weight.
         for key in (name, without, without.removesuffix(".weight")):
             if key in saved:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.engines import unwrapped
+from fish_tuning.names import opposite_side, side_of
 from fish_tuning.per_example.reduction import Entrywise
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.calibration import check_choice, mean_over_examples, trainable_parameters
 from fish_tuning.scoring.likelihood import TokenReduction
 from fish_tuning.scoring.objective import Estimator, LossFunction
-from fish_tuning.selection.lora import opposite_side, side_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,39 +1,14 @@
-"""LoRA's pairs: what their tensors are called, and selecting from them by feature."""
+"""Selecting from LoRA's pairs by feature."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from fish_tuning.names import side_of
 from fish_tuning.selection.ranking import Tie, highest
-
-LORA_SIDE = re.compile(r"(?:^|\.)lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.|$)")
-
-
-def side_of(name: str) -> str:
-    """Of a parameter's name: "A" or "B" of a LoRA pair, or ""."""
-    match = LORA_SIDE.search(name)
-    return match["side"] if match else ""
-
-
-def kind_of(name: str) -> str:
-    """As `side_of`, embeddings told apart: there A starts at zero, and their scores differ."""
-    match = LORA_SIDE.search(name)
-    return (match["embedding"] or "") + match["side"] if match else ""
-
-
-def opposite_side(name: str) -> str:
-    """The name of a LoRA pair's other tensor."""
-    match = LORA_SIDE.search(name)
-    assert match is not None
-    return (
-        name[: match.start("side")]
-        + ("A" if match["side"] == "B" else "B")
-        + name[match.end("side") :]
-    )
 
 
 def select_features(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fish_tuning.selection.lora import kind_of, side_of
+from fish_tuning.names import kind_of, side_of
 
 Scope = Literal["global", "per_tensor", "balanced", "features", "adaptive"]
 """How the quota of k entries is shared out before the best are taken.

@@ -16,7 +16,7 @@ from fish_tuning.experiments.arms import LORA_FA, Arm, baseline
 from fish_tuning.experiments.config.schema import ORIGINAL_LORA, AdapterConfig, ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import meta_model
-from fish_tuning.selection.lora import side_of
+from fish_tuning.names import side_of
 
 
 def add_adapter(

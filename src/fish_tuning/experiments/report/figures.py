@@ -18,6 +18,7 @@ from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.report.statistics import Group, spread
 from fish_tuning.experiments.report.svg import TEXT, figure_style, shorten
 from fish_tuning.experiments.results import TensorDensity
+from fish_tuning.names import place_of
 
 if TYPE_CHECKING:
     from fish_tuning.mask.mask import FishMask
@@ -225,23 +226,24 @@ def density_figure(tensors: Iterable[TensorDensity]) -> Figure | None:
     Returns:
         The figure, None where there is no tensor.
     """
-    placed = [(_place_of(tensor.name), tensor) for tensor in tensors if tensor.entries]
+    placed = [(place_of(tensor.name), tensor) for tensor in tensors if tensor.entries]
     if not placed:
         return None
     whole: dict[str, None] = {}
-    if any(side in ("A", "B") for (side, _, _), _ in placed):
+    if any(place.side for place, _ in placed):
         heads = [
             (place, tensor)
             for place, tensor in placed
-            if place[:2] == ("other", None) and tensor.selected == tensor.entries
+            if not place.side and place.layer is None and tensor.selected == tensor.entries
         ]
-        whole = dict.fromkeys(module for (_, _, module), _ in heads)
+        whole = dict.fromkeys(place.module for place, _ in heads)
         placed = [item for item in placed if item not in heads]
-    names = _short_names({module for (_, _, module), _ in placed})
+    names = _short_names({place.module for place, _ in placed})
     counts: dict[tuple[str, int, str], tuple[int, int]] = {}
-    for (side, layer, module), tensor in placed:
+    for place, tensor in placed:
         # Below all numbered layers.
-        key = (side, -1 if layer is None else layer, module)
+        layer = -1 if place.layer is None else place.layer
+        key = (place.side or "other", layer, place.module)
         selected, entries = counts.get(key, (0, 0))
         counts[key] = (selected + tensor.selected, entries + tensor.entries)
     densities = {key: selected / entries for key, (selected, entries) in counts.items()}
@@ -370,24 +372,6 @@ def save_mask_picture(mask: FishMask, path: str | os.PathLike[str]) -> None:
             metadata={"Date": None} if kind == "svg" else {"Software": None},
         )
     write_atomically(path, stream.getvalue())
-
-
-def _place_of(name: str) -> tuple[str, int | None, str]:
-    """Split a parameter name into side, layer and the module's path below the layer."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    side = "other"
-    for position, part in enumerate(parts):
-        if part.startswith("lora_"):
-            side = {"A": "A", "B": "B"}.get(part[-1], "other")
-            parts = parts[:position]
-            break
-    else:
-        parts = [part for part in parts if part not in ("modules_to_save", "default")]
-        parts = parts[:-1] or parts
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if number is None:
-        return side, None, ".".join(parts)
-    return side, int(parts[number]), ".".join(parts[number + 1 :])
 
 
 def _short_names(modules: Iterable[str]) -> dict[str, str]:

@@ -23,8 +23,8 @@ from fish_tuning.experiments.models.counts import names_left_dense
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.runs.measurements import snapshot
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.names import side_of
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
-from fish_tuning.selection.lora import side_of
 from fish_tuning.selection.select import (
     create_mask_from_fisher,
     random_scores,
