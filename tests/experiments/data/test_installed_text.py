@@ -13,7 +13,7 @@ from fish_tuning.experiments.data.installed_text import (
     DEFAULT_PACKAGES,
     MAX_CHARS,
     MIN_CHARS,
-    _normalise,
+    _normalize,
     load_installed_text,
 )
 
@@ -101,7 +101,7 @@ def test_near_duplicates_are_one_sentence(site: Path) -> None:
     copies = [f"Return the value of order {i}, {w} it is" for i in range(40) for w in ("as", "AS")]
     assert len(texts_of(site, copies)) == 1
     data = load_installed_text(["fakethree", "fakeone"])
-    train, validation = ({_normalise(t) for t in data[s]["text"]} for s in data)
+    train, validation = ({_normalize(t) for t in data[s]["text"]} for s in data)
     assert not train & validation
     assert len(train) == len(data["train"])
 

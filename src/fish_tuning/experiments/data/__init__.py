@@ -1,1 +1,1 @@
-"""Files, hub data sets and packaged text -> tokenized examples."""
+"""From files, hub data sets and packaged text to tokenized examples."""

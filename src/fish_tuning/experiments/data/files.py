@@ -1,4 +1,4 @@
-"""Read local tables as people really keep them, and say where one is broken."""
+"""Read local tables in the formats that people use, and say where a file is broken."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _FORMATS = {
 
 
 def find_files(path: str | Mapping[str, str], format: str | None = None) -> dict[str, Path]:
-    """Return the file of each split.
+    """Find the file of each split.
 
     Args:
-        path: A file (the split `train`), a mapping of split to file, or a folder whose files are
+        path: A file (the split `train`), a mapping from split to file, or a folder whose files are
             named after their splits.
-        format: The only format to look for in a folder.
+        format: The only format to look for in a folder; all of them by default.
 
     Raises:
-        ConfigError: If there is nothing there, or two files of one split.
+        ConfigError: The folder holds no data file, or two files of the same split.
     """
     if not isinstance(path, str):
         return {split: Path(file) for split, file in path.items()}
@@ -66,12 +66,12 @@ def read_file(file: Path, config: DatasetConfig) -> Dataset:
     """Read one file of rows.
 
     Raises:
-        ConfigError: If it cannot be read, with the line where that is known.
+        ConfigError: The file cannot be read. The message names the line if it is known.
     """
     kind = config.format or _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise ConfigError(
-            f"dataset.path: the format of {str(file)!r} is not told by its ending; set "
+            f"dataset.path: the ending of {str(file)!r} is not that of a known format; set "
             "dataset.format to csv, tsv, json, jsonl or parquet"
         )
     try:
@@ -95,7 +95,7 @@ def read_file(file: Path, config: DatasetConfig) -> Dataset:
 def _read_delimited(file: Path, kind: str, config: DatasetConfig) -> Dataset:
     quoting = (kind == "csv") if config.quoting is None else config.quoting
     delimiter = config.delimiter or ("," if kind == "csv" else "\t")
-    # newline="\n": a carriage return inside a field is no end of a line.
+    # newline="\n": a carriage return inside a field does not end the line.
     with file.open(encoding="utf-8-sig", newline="\n") as stream, _long_fields():
         rows = (
             _split_quoted(stream, delimiter, file) if quoting else _split_plain(stream, delimiter)
@@ -119,7 +119,7 @@ def _read_delimited(file: Path, kind: str, config: DatasetConfig) -> Dataset:
             if len(fields) != len(names):
                 raise ConfigError(
                     f"dataset.path: {str(file)!r}, line {number}: {len(fields)} fields where "
-                    f"{len(names)} are expected ({', '.join(names)}); mend the line, or set "
+                    f"{len(names)} are expected ({', '.join(names)}); fix the line, or set "
                     "dataset.delimiter, dataset.quoting or dataset.columns"
                 )
             for column, field in zip(columns, fields, strict=True):
@@ -151,7 +151,7 @@ def _split_quoted(
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lift the csv module's limit of 131,072 characters a field."""
+    """Lift the csv module's limit of 131,072 characters per field."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -165,10 +165,10 @@ def _read_json(file: Path, lines: bool) -> list[Any]:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            # Many files of one object a line are called .json.
+            # Files of one object per line are often called .json too.
             if error.msg != "Extra data":
                 raise ConfigError(
-                    f"dataset.path: {str(file)!r}, line {error.lineno}: is no JSON: {error.msg}"
+                    f"dataset.path: {str(file)!r}, line {error.lineno}: is not JSON: {error.msg}"
                 ) from None
         else:
             return content if isinstance(content, list) else [content]
@@ -179,8 +179,8 @@ def _read_json(file: Path, lines: bool) -> list[Any]:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ConfigError(
-                    f"dataset.path: {str(file)!r}, line {number}: is no JSON: {error.msg}; one "
-                    "object a line is expected"
+                    f"dataset.path: {str(file)!r}, line {number}: is not JSON: {error.msg}; "
+                    "one object per line is expected"
                 ) from None
     return rows
 
@@ -197,7 +197,7 @@ def _from_rows(rows: list[Any], file: Path) -> Dataset:
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """Return values that fit one Arrow column: as they are, or else as text."""
+    """Return values that fit into an Arrow column: as they are or, if they differ in type, text."""
     try:
         pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -210,9 +210,9 @@ def _read_parquet(file: Path) -> Dataset:
         with file.open("rb") as stream:
             table = pq.read_table(stream)
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"dataset.path: {str(file)!r} is no Parquet file: {error}") from None
+        raise ConfigError(f"dataset.path: {str(file)!r} is not a Parquet file: {error}") from None
     for index, field in enumerate(table.schema):
-        # What pandas writes for categories; datasets does not read it.
+        # pandas writes categories as dictionaries, which datasets does not read.
         if pa.types.is_dictionary(field.type):
             decoded = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, decoded)

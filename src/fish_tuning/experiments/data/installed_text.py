@@ -1,8 +1,8 @@
-"""A real text classification task with nothing to download: whose documentation is this?
+"""A real text classification task with nothing to download: which package does this document?
 
-The documentation strings of installed packages are natural English with a label that nobody had
-to invent, the package. A sentence is the first paragraph of a module's, class's or function's
-docstring. Sources are parsed, never imported.
+The docstrings of installed packages are natural English that comes with a label, the package. A
+sentence is the first paragraph of a docstring of a module, class or function. Sources are parsed,
+never imported.
 """
 
 import ast
@@ -38,7 +38,7 @@ _ALIASES = {
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "_testing", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-# What only a program spells so: dotted.paths, snake_case, CamelCase, LSTMCell.
+# Words spelled as only programs spell them: dotted.paths, snake_case, CamelCase, LSTMCell.
 _IDENTIFIER = re.compile(
     r"""
     \b(?:
@@ -58,32 +58,33 @@ def load_installed_text(
     validation_per_class: int = 200,
     seed: int = 0,
 ) -> DatasetDict:
-    """Load sentences of the documentation of installed packages, labelled by package.
+    """Load sentences from the docstrings of installed packages, labelled by package.
 
-    - A sentence has 30 to 220 characters, white space folded.
+    - A sentence has 30 to 220 characters after runs of white space are collapsed.
     - Names that give the package away are replaced by a neutral token: the names of all
       `packages`, and every identifier (dotted, snake_case or CamelCase).
-    - Sentences are distinct after lower-casing and dropping digits and punctuation; one that two
-      packages share is left out. The side of the split is a hash of that same form, so it does
-      not depend on `seed`, and near-duplicates never sit on both sides.
-    - Every class has the same number of sentences in each split: the number asked for, or what
-      the smallest class has. `seed` chooses which, and their order.
+    - Sentences are distinct even after they are normalized: lower-cased, without digits and
+      punctuation. A sentence that two packages share is left out. A hash of the normalized form
+      decides between training and validation, so near-duplicates are never on both sides, and
+      the side does not depend on `seed`.
+    - Every class has the same number of sentences in each split: the requested number, or as many
+      as the smallest class has. `seed` chooses the sentences and their order.
 
     The sentences depend on the installed versions of the packages.
 
     Args:
         packages: Import names of installed packages; at least two.
-        per_class: Training sentences of each class, at most.
-        validation_per_class: Validation sentences of each class, at most.
-        seed: Chooses among the sentences and orders them.
+        per_class: Maximum number of training sentences per class.
+        validation_per_class: Maximum number of validation sentences per class.
+        seed: Chooses and orders the sentences.
 
     Returns:
         Splits `train` and `validation` with columns `text` and `label`.
 
     Raises:
-        ModuleNotFoundError: If a package is not installed.
-        ValueError: If there are fewer than two packages, a count below 1, or no usable sentence
-            in a package.
+        ModuleNotFoundError: A package is not installed.
+        ValueError: There are fewer than two packages, a count is below 1, or a package has no
+            usable sentence.
     """
     if len(set(packages)) < 2 or len(set(packages)) < len(packages):
         raise ValueError(f"packages must be two or more distinct names, not {list(packages)}")
@@ -94,7 +95,7 @@ def load_installed_text(
         )
     sizes = {"train": per_class, "validation": validation_per_class}
     names = _name_pattern(packages)
-    # Twice what is needed leaves a choice, and spares parsing the whole of large packages.
+    # Twice the number leaves a choice without parsing all of a large package.
     enough = {split: 2 * size for split, size in sizes.items()}
     found = {package: _collect(package, names, enough, seed) for package in packages}
     owners = Counter(key for sentences in found.values() for key in sentences)
@@ -109,10 +110,10 @@ def load_installed_text(
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """All docstrings of an installed package, tests left out, as they stand in the sources.
+    """Yield all docstrings of an installed package, except its tests, as in the sources.
 
     Raises:
-        ModuleNotFoundError: If the package is not installed.
+        ModuleNotFoundError: The package is not installed.
     """
     with _parsing_many():
         for path in _source_files(package, seed=0):
@@ -122,7 +123,7 @@ def docstrings(package: str) -> Iterator[str]:
 def _balanced(
     found: dict[str, dict[str, str]], split: str, size: int, seed: int, features: Features
 ) -> Dataset:
-    """Choose the same number of each package's sentences of one split, in seeded order."""
+    """Choose the same number of sentences of each package for one split, in seeded order."""
     keys = {
         package: sorted(
             (key for key in sentences if _split_of(key) == split),
@@ -152,9 +153,9 @@ def _balanced(
 def _collect(
     package: str, names: re.Pattern[str], enough: dict[str, int], seed: int
 ) -> dict[str, str]:
-    """Map the normalised form of each sentence of a package to the masked sentence.
+    """Map the normalized form of each sentence of a package to the sentence with names masked.
 
-    Reads one file after the other until there are `enough` sentences for each split.
+    Reads file after file until there are `enough` sentences for each split.
     """
     found: dict[str, str] = {}
     counts: Counter[str] = Counter()
@@ -162,7 +163,7 @@ def _collect(
         for path in _source_files(package, seed):
             for docstring in _docstrings(path):
                 text = _sentence(docstring, names)
-                if text is not None and (key := _normalise(text)) not in found:
+                if text is not None and (key := _normalize(text)) not in found:
                     found[key] = text
                     counts[_split_of(key)] += 1
             if all(counts[split] >= size for split, size in enough.items()):
@@ -171,7 +172,7 @@ def _collect(
 
 
 def _source_files(package: str, seed: int) -> list[Path]:
-    """List the Python files of an installed package, without tests, in seeded order."""
+    """List the Python files of an installed package, except its tests, in seeded order."""
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
         raise ModuleNotFoundError(
@@ -193,10 +194,10 @@ def _source_files(package: str, seed: int) -> list[Path]:
 
 @contextmanager
 def _parsing_many() -> Iterator[None]:
-    """Silence the warnings of foreign sources, and pause the garbage collector.
+    """Silence warnings about the parsed sources, and pause the garbage collector.
 
-    Syntax trees are many small objects without cycles: collecting during the parse more than
-    doubles its time and frees nothing.
+    A syntax tree is many small objects without cycles: collecting garbage while parsing more than
+    doubles the time and frees nothing.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -210,7 +211,7 @@ def _parsing_many() -> Iterator[None]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a file's module, classes, functions and methods, in order."""
+    """Yield the docstrings of a file's module, classes and functions, in order."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):
@@ -226,7 +227,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _sentence(docstring: str, names: re.Pattern[str]) -> str | None:
-    """Return the masked first paragraph of a docstring, or None if its length does not suit."""
+    """Return a docstring's first paragraph with names masked, or None if its length is wrong."""
     paragraph = inspect.cleandoc(docstring).split("\n\n", 1)[0]
     text = " ".join(paragraph.split())
     if not MIN_CHARS <= len(text) <= MAX_CHARS:
@@ -238,15 +239,15 @@ def _sentence(docstring: str, names: re.Pattern[str]) -> str | None:
 
 
 def _name_pattern(packages: Sequence[str]) -> re.Pattern[str]:
-    """Match the names of the packages: any dotted word that holds one, and their aliases."""
+    """Match the packages' names, in any dotted word that contains one, and their aliases."""
     words = "|".join(rf"[\w.]*{re.escape(package)}(?:[\w.]*\w)?" for package in packages)
     aliases = [re.escape(alias) for p in packages for alias in _ALIASES.get(p, ())]
     alone = "".join(rf"|\b{alias}\b" for alias in aliases)
     return re.compile(words + alone, re.IGNORECASE)
 
 
-def _normalise(text: str) -> str:
-    """Fold what near-duplicates differ in: case, digits, punctuation, white space."""
+def _normalize(text: str) -> str:
+    """Remove what near-duplicates differ in: case, digits, punctuation, white space."""
     return " ".join(re.sub(r"[\W\d_]+", " ", text.lower()).split())
 
 

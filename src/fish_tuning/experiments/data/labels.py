@@ -1,4 +1,4 @@
-"""From a column of labels as people write them to class ids or numbers."""
+"""Turn a column of labels, as people write them, into class ids or numbers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fish_tuning.experiments.config.schema import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics import Task
 
-# With more classes than this share of the rows, and this many rows, it is no label column.
-_DISTINCT_SHARE, _ENOUGH_ROWS = 0.5, 20
+# A column of more rows than this, with more classes than this share of them, holds no classes.
+_MIN_ROWS, _MAX_DISTINCT_SHARE = 20, 0.5
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """What a model predicts, fixed by the training split.
+    """What a model predicts, as the training split determines it.
 
     Attributes:
         task: Classification or regression.
-        names: The classes in the order of their ids; none for regression.
-        ids: A label's key (a number where all labels are numbers, else its text) to its id.
+        names: The classes in the order of their ids; empty for regression.
+        ids: Class ids by label: by number if all labels are numbers, else by text.
         numeric: Whether labels are compared as numbers.
     """
 
@@ -40,7 +40,7 @@ class LabelSpace:
         """Turn labels into class ids, or into floats for regression.
 
         Raises:
-            ConfigError: If a label is missing, or is none of the training labels.
+            ConfigError: A label is missing, or does not occur in the training split.
         """
         _check_present(values, where)
         keys: Sequence[Any] = values
@@ -63,22 +63,22 @@ class LabelSpace:
         return [self.ids[key] for key in keys]
 
 
-def label_space(
+def find_label_space(
     values: Sequence[Any], config: DatasetConfig, where: str, class_names: Sequence[str] | None
 ) -> LabelSpace:
-    """Decide from the training labels what is predicted.
+    """Determine from the training labels what the model predicts.
 
-    Numbers with a fractional part are regression. Other numbers, and text, are classes, ids in
-    sorted order.
+    Numbers with a fractional part mean regression. Other numbers, and text, are classes, whose ids
+    follow their sorted order.
 
     Args:
         values: All labels of the training split.
-        config: May fix the task, the number of labels and their names.
+        config: May set the task, the number of labels and their names.
         where: Split and column, for messages.
-        class_names: Names that the data set itself records for ids 0, 1, 2...
+        class_names: The names that the data set itself records for the ids 0, 1, 2...
 
     Raises:
-        ConfigError: If the labels contradict `config`, or cannot be classes.
+        ConfigError: The labels contradict the config, or cannot be classes.
     """
     _check_present(values, where)
     numbers = None if class_names else _numbers(values)
@@ -106,7 +106,7 @@ def label_space(
             f"dataset.num_labels: is {config.num_labels}, but {where} has {space.num_labels} "
             f"classes ({_some(space.names)}); remove it or correct it"
         )
-    if len(values) > _ENOUGH_ROWS and space.num_labels > _DISTINCT_SHARE * len(values):
+    if len(values) > _MIN_ROWS and space.num_labels > _MAX_DISTINCT_SHARE * len(values):
         raise ConfigError(
             f"{where}: {space.num_labels} distinct values in {len(values)} rows are no classes; "
             "name another label_column, or set dataset.task: regression if they are numbers"
@@ -120,14 +120,14 @@ def _classes(
     config: DatasetConfig,
     class_names: Sequence[str] | None,
 ) -> LabelSpace:
-    """Give every class its id."""
+    """Assign an id to every class."""
     if class_names:
         names = tuple(config.label_names or class_names)
         return LabelSpace("classification", names, {float(i): i for i in range(len(names))})
     if numbers is not None:
         found = sorted({int(number) for number in numbers})
         expected = len(config.label_names or ()) or config.num_labels or 0
-        # Ids that happen to be absent from this split keep their place.
+        # Ids that do not occur in this split still count as classes.
         if found[0] >= 0 and found[-1] < expected:
             found = list(range(expected))
         written = [str(number) for number in found]
@@ -154,7 +154,7 @@ def _check_present(values: Sequence[Any], where: str) -> None:
         if isinstance(value, list | dict):
             raise ConfigError(
                 f"{where}, row {row}: the label {value!r} is a {type(value).__name__}; one label "
-                "an example is supported, name another column"
+                "per example is supported, name another column"
             )
     if values and all(value in (-1, "-1") for value in values):
         raise ConfigError(
@@ -164,7 +164,7 @@ def _check_present(values: Sequence[Any], where: str) -> None:
 
 
 def _numbers(values: Sequence[Any]) -> list[float] | None:
-    """Return labels as numbers, or None if one is none."""
+    """Return labels as numbers, or None if not all of them are finite numbers."""
     try:
         numbers = [float("text" if isinstance(value, bool) else value) for value in values]
     except (TypeError, ValueError):
