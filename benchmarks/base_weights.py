@@ -22,7 +22,8 @@ MASKED = f"FISH Mask, {DENSITY:.1%} of all linear weights"
 
 def full(shape: Shape, device: str) -> nn.Module:
     """The model with all of its parameters trainable."""
-    return shape.build(device)
+    model: nn.Module = shape.build(device)
+    return model
 
 
 def masked(shape: Shape, device: str) -> nn.Module:

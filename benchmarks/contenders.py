@@ -87,7 +87,7 @@ def fish_upper_layers(shape: Shape, rank: int, device: str) -> nn.Module:
 
 def hooked(shape: Shape, rank: int, device: str, mask: Mapping[str, Tensor]) -> nn.Module:
     """LoRA whose gradients hooks multiply by a mask."""
-    model = lora(shape, rank, device)
+    model: nn.Module = lora(shape, rank, device)
     mask_gradients(model, mask)
     return model
 

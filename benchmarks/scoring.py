@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,9 @@ def memory_of_scoring(setting: Setting) -> Iterator[Row]:
         wide = nn.Linear(width, width, bias=False)
         inputs = [(torch.randn(size, 8, width), torch.zeros(size, 8, width)) for _ in range(2)]
 
-    def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return (outputs - batch[1]).square().mean((1, 2))
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        losses: Tensor = (outputs - batch[1]).square().mean((1, 2))
+        return losses
 
     held = peak(partial(calculate_fisher_information, wide, inputs, loss_fn=loss, progress=False))
     together = size * 4 * width**2

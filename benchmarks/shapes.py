@@ -31,13 +31,16 @@ class Shape:
 
 
 def _bert(**sizes: Any) -> Callable[[], Any]:
-    config = transformers.BertConfig(num_labels=2, **sizes)
+    settings: dict[str, Any] = {"num_labels": 2, **sizes}
+    config = transformers.BertConfig(**settings)
     return lambda: transformers.BertForSequenceClassification(config)
 
 
 def _llama(**sizes: Any) -> Callable[[], Any]:
-    config = transformers.LlamaConfig(num_labels=2, pad_token_id=0, use_cache=False, **sizes)
-    return lambda: transformers.LlamaForSequenceClassification(config)
+    settings: dict[str, Any] = {"num_labels": 2, "pad_token_id": 0, "use_cache": False, **sizes}
+    config = transformers.LlamaConfig(**settings)
+    build: Any = transformers.LlamaForSequenceClassification  # untyped
+    return lambda: build(config)
 
 
 _QKV = ("query", "key", "value")

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -95,7 +96,9 @@ def trained_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    build: Any = PreTrainedTokenizerFast  # untyped
+    fast: PreTrainedTokenizerFast = build(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    return fast
 
 
 def blocks_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Dataset:

@@ -218,8 +218,8 @@ def arm_cells(label: str, group: Group) -> tuple[str, ...]:
         format_spread(spread(100 * v for v in values(group).values()), "{:.2f}"),
         format_spread(spread(r.metrics["eval_loss"] for r in runs), "{:.3f}"),
         str(len(runs)),
-        f"{median(r.train_seconds for r in runs):.0f}",
-        f"{median(r.score_seconds for r in runs):.1f}",
+        f"{median(r.train_seconds for r in runs if r.train_seconds is not None):.0f}",
+        f"{median(r.score_seconds for r in runs if r.score_seconds is not None):.1f}",
     )
 
 

@@ -88,9 +88,9 @@ def tiny_squeezebert() -> Any:
     groups = {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "output")}
     sizes = {"vocab_size": 40, "hidden_size": 12, "embedding_size": 12, "intermediate_size": 20}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 24}
-    config = tr.SqueezeBertConfig(
-        **groups, **sizes, **layers, intermediate_groups=1, num_labels=3, initializer_range=0.2
-    )
+    settings: dict[str, Any] = {**groups, **sizes, **layers, "intermediate_groups": 1}
+    settings |= {"num_labels": 3, "initializer_range": 0.2}
+    config = tr.SqueezeBertConfig(**settings)
     return seeded(tr.SqueezeBertForSequenceClassification, config)
 
 
@@ -107,7 +107,8 @@ class AttentionForSequenceClassification(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = tr.BertConfig(vocab_size=40, num_labels=3)
+        settings: dict[str, Any] = {"vocab_size": 40, "num_labels": 3}
+        self.config = tr.BertConfig(**settings)
         self.embed, self.attention = nn.Embedding(40, 12), nn.MultiheadAttention(12, 2)
         self.classifier = nn.Linear(12, 3)
 
@@ -694,7 +695,7 @@ def logged() -> Iterator[list[str]]:
     """The messages of the library's loggers while inside."""
     messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("fish_tuning")
     level = logger.level
     logger.addHandler(handler)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -500,7 +501,8 @@ def train_fsdp(rank, model, mask):
     state = {name: tensor for name, tensor in model.state_dict().items() if name in mask}
     assert_identical([trained, state])
     state = {name: tensor + 1 for name, tensor in state.items()}
-    held = sum(p.to_local().numel() for p in masked_parameters(model))
+    parameters: list[Any] = masked_parameters(model)  # DTensors
+    held = sum(p.to_local().numel() for p in parameters)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
     loaded = tensors_of(model, mask)
     with torch.no_grad():  # Writes the values into the tensors.

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -28,7 +29,7 @@ def test_every_block_has_a_test():
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     """Guards examples that do not run as they are printed."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert (tmp_path / "adapter" / "fish_mask.safetensors").is_file()

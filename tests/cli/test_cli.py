@@ -308,7 +308,7 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, outcome) -> list[tuple]:
         return outcome()
 
     module = types.ModuleType("fish_tuning.experiments.runs.run")
-    module.run_experiment = run_experiment
+    vars(module)["run_experiment"] = run_experiment
     monkeypatch.setitem(sys.modules, "fish_tuning.experiments.runs.run", module)
     return calls
 

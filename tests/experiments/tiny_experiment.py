@@ -70,10 +70,14 @@ def write_data(path: Path, rows: int = 120, label: str = "class") -> Path:
     return path
 
 
-def experiment(
-    model: Path, data: Path, output_dir: Path | str, /, **changes: Any
-) -> ExperimentConfig:
-    """An experiment of a dozen steps, with `changes` laid over it as a YAML's sections would be."""
+def experiment(*paths: Path | str, **changes: Any) -> ExperimentConfig:
+    """Return an experiment of a dozen steps.
+
+    Args:
+        paths: The model's folder, the data file and the output folder.
+        changes: Sections as in a YAML file; they win over those given here.
+    """
+    model, data, output_dir = paths
     sections: dict[str, Any] = {
         "model": {"name": str(model)},
         "dataset": {"path": str(data)},

@@ -3,6 +3,7 @@
 import logging
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_push_to_hub_uploads_mask_and_card(kind, uploads, tmp_path):
         model.save_pretrained(tmp_path, push_to_hub=True, repo_id="somebody/a-model")
     else:
         model.push_to_hub("somebody/a-model")
-    card = ModelCard(uploads.files["README.md"].decode())
+    card: Any = ModelCard(uploads.files["README.md"].decode())
     assert uploads.files.keys() >= MASK_FILES
     assert card.data.license == "mit" and card.data.tags == ["fish-tuning"]
     assert "# Our model" in card.text and card.text.count("## FISH-Tuning") == 1
@@ -234,7 +235,7 @@ def test_trainers_card_and_push(kind, uploads, tmp_path):
     trainer = trainer_of(kind, tmp_path)
     trainer.hub_model_id = "somebody/a-model"
     trainer.push_to_hub()
-    card = ModelCard(uploads.files["README.md"].decode())
+    card: Any = ModelCard(uploads.files["README.md"].decode())
     assert uploads.files.keys() >= MASK_FILES
     assert FishMask.from_pretrained(tmp_path) == get_mask(trainer.model)
     assert "fish-tuning" in card.data.tags and card.text.count("## FISH-Tuning") == 1
@@ -267,7 +268,7 @@ def test_uploads_while_training(kind, uploads, tmp_path):
     trainer.args.set_save("steps", 1)
     trainer.train()
     assert uploads.messages[0] == "Training in progress, step 1"
-    card = ModelCard(uploads.files["README.md"].decode())
+    card: Any = ModelCard(uploads.files["README.md"].decode())
     assert uploads.files.keys() >= {*MASK_FILES, "adapter_model.safetensors"}
     assert "PeftModel.from_pretrained" in card.text and card.text.count("## FISH-Tuning") == 1
     assert load(tmp_path / "checkpoint-1").text.count("## FISH-Tuning") == 1
@@ -310,7 +311,7 @@ def test_trainers_that_are_imported_later(uploads, tmp_path):
     trainer = Later(model, arguments(tmp_path), train_dataset=examples_for(model, 4))
     trainer.hub_model_id = "somebody/a-model"
     trainer.push_to_hub()
-    card = ModelCard(uploads.files["README.md"].decode())
+    card: Any = ModelCard(uploads.files["README.md"].decode())
     assert "# Another card" in card.text and "## FISH-Tuning" in card.text
 
 

@@ -102,7 +102,7 @@ def test_rule_equals_one_example_at_a_time(layer, statistic, floats, caplog):
     model = nn.Sequential(nn.Linear(D, D), LAYERS[layer](), nn.Tanh(), nn.Linear(D, D)).double()
     # Gemma's norm multiplies by its weight in float32, and so does its gradient.
     rtol = 1e-6 if layer == "GemmaRMSNorm" else 1e-9
-    assert_naive(model, *floats, rtol, statistic=statistic)
+    assert_naive(model, *floats, rtol=rtol, statistic=statistic)
     assert not one_at_a_time(caplog)
 
 

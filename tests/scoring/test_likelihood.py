@@ -1,5 +1,7 @@
 """log p(y | x) by example: values, exact expectations over labels, and drawn labels."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,7 +175,8 @@ def test_expectation_of_regression(outputs):
 def test_no_expectation_of_absolute_gradients(kind):
     """Guards against the squared form where the absolute gradient is asked for."""
     assert kind.expectation(torch.zeros(2, 3), 1) is None
-    assert Tokens(shifted=True).expectation(torch.zeros(2, 3, 4), 2) is None
+    tokens: Any = Tokens(shifted=True)
+    assert tokens.expectation(torch.zeros(2, 3, 4), 2) is None
 
 
 N = 4000

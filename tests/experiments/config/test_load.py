@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -481,7 +482,7 @@ def test_digest_does_not_depend_on_the_process(tmp_path):
 
 def test_every_field_is_described():
     """Guards the generated documentation against a field without a text."""
-    pending = [ExperimentConfig, PeerConfig]
+    pending: list[Any] = [ExperimentConfig, PeerConfig]
     while pending:
         section = pending.pop()
         for name, field in section.model_fields.items():

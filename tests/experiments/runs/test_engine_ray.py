@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
 KEYS = [("Original LoRA", None), ("LoRA-FISH", 1.0)]
-SEARCH = {"values": [1e-3, 1e-2], "held_out": 24, "seeds": [7]}
+SEARCH: dict[str, Any] = {"values": [1e-3, 1e-2], "held_out": 24, "seeds": [7]}
 
 
 @pytest.fixture(scope="module")

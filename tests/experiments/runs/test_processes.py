@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -108,7 +109,7 @@ class Stop(TrainerCallback):
 
 def interrupted_sweep(rank, config):
     """A sweep that stops in its first training and goes on."""
-    whole = training._trainer
+    whole: Any = training._trainer
     training._trainer = lambda *args: whole(*args[:-1], [*args[-1], Stop()])
     try:
         run_experiment(config, name="sweep")
@@ -141,7 +142,7 @@ def test_an_interrupted_sweep_goes_on(files, tmp_path):
 def failing_sweep(rank, config, ranks):
     """A sweep whose first run fails in some of the processes, when training begins."""
     processes.PATIENCE = processes.timedelta(seconds=3)
-    whole = training._trainer
+    whole: Any = training._trainer
 
     def failing(*args):
         training._trainer = whole
