@@ -543,7 +543,7 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
         return dict.fromkeys(STEPS, REFUSED) | {"scores": f"{REFUSED}: {refusal}"}
     if any(ONE_BY_ONE in message for message in messages):
         found["scores"] = ONE_BY_ONE
-    elif any("goes row by row" in message for message in messages):
+    elif any("recomputed row by row" in message for message in messages):
         found["scores"] = ROW_BY_ROW
     naive = functools.partial(naive_scores, model, examples, loss=own_loss)
     assert_scores_close(scores, naive(), float32_rtol(model, naive))

@@ -12,10 +12,10 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from fish_tuning import calculate_fisher_information
-from fish_tuning.per_example import gradients as per_example
+from fish_tuning.per_example import accumulate
 from fish_tuning.per_example.gradients import PerExampleGradients
-from fish_tuning.per_example.reduction import Entrywise
-from fish_tuning.per_example.sources import NoRuleError
+from fish_tuning.per_example.sources import OnePassError
+from fish_tuning.per_example.sums import GradientSums
 
 B, T, D, V = 6, 5, 8, 13
 
@@ -137,7 +137,7 @@ def test_inputs_with_two_token_axes(caplog):
 
 def test_wide_layers_in_chunks(floats, monkeypatch, caplog):
     """Guards against losing or repeating examples where a layer is scored a few at a time."""
-    monkeypatch.setattr(per_example, "CHUNK_ENTRIES", 2 * D * D + 1)
+    monkeypatch.setattr(accumulate, "CHUNK_ENTRIES", 2 * D * D + 1)
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)).double()
     assert_naive(model, *floats, size=5)
     assert not one_at_a_time(caplog)
@@ -415,7 +415,7 @@ WITHOUT_CLOSED_FORM = {
 def test_layers_without_a_closed_form(layer, entries, statistic, floats, monkeypatch, caplog):
     """Guards the recomputed layers: against a rule for a layer that only looks like one it knows,
     gradients that are views of what others read, and rows lost where vmap does not do."""
-    monkeypatch.setattr(per_example, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(accumulate, "CHUNK_ENTRIES", entries)
     model = WithLayer(WITHOUT_CLOSED_FORM[layer]()).double()
     assert_naive(model, *floats, statistic=statistic)
     assert not one_at_a_time(caplog)
@@ -508,18 +508,23 @@ def test_part_of_the_outputs_used(floats):
     assert_naive(Half().double(), *floats)
 
 
+def watched(model):
+    sums = GradientSums(dict(model.named_parameters()), power=2)
+    return PerExampleGradients(model, sums), sums
+
+
 def test_sums_only_what_is_watched(floats):
     """Guards the interface: two batches add up, a call outside leaves no hook and no trace."""
     inputs, targets = floats
     model = nn.Linear(D, D).double()
-    gradients = PerExampleGradients(model, dict(model.named_parameters()), Entrywise(2))
+    gradients, sums = watched(model)
     model(inputs).sum().backward()
     for x, y in zip(inputs.split(4), targets.split(4), strict=True):
         with gradients.watching(len(x)):
             gradients.backward(squared_error(model(x), (x, y)))
     assert not model._forward_hooks
     expected = naive(model, inputs, targets)
-    for name, total in gradients.sums.items():
+    for name, total in sums.totals.items():
         torch.testing.assert_close(total / B, expected[name], rtol=1e-9, atol=0)
 
 
@@ -527,20 +532,20 @@ def test_failed_check_leaves_no_sums(floats):
     """Guards against counting the first batch twice after its check failed."""
     inputs, targets = floats
     model = BehindItsBack(True).double()
-    gradients = PerExampleGradients(model, dict(model.named_parameters()), Entrywise(2))
+    gradients, sums = watched(model)
     with (
-        pytest.raises(NoRuleError, match=r"the gradient of lin\.\w+ is not the one"),
+        pytest.raises(OnePassError, match=r"the gradient of lin\.\w+ is not the one"),
         gradients.watching(B),
     ):
         gradients.backward(squared_error(model(inputs), (inputs, targets)))
-    assert not any(total.any() for total in gradients.sums.values())
+    assert not any(total.any() for total in sums.totals.values())
 
 
 def test_another_number_of_rows_is_refused_before_backward(floats):
     """Guards against scores of rows that are no examples, in any batch after the first too."""
     model = nn.Linear(D, D).double()
-    gradients = PerExampleGradients(model, dict(model.named_parameters()), Entrywise(2))
-    with pytest.raises(NoRuleError, match=r"\(2, 5, 8\) for 6 examples"), gradients.watching(B):
+    gradients, _ = watched(model)
+    with pytest.raises(OnePassError, match=r"\(2, 5, 8\) for 6 examples"), gradients.watching(B):
         model(floats[0][:2])
     assert not model._forward_hooks
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fish_tuning import calculate_fisher_information
-from fish_tuning.scoring import scorers as sums
+from fish_tuning.scoring import scorers
 from tests.models import assert_scores_close, batches_of, examples_for, tiny_bert, with_lora
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
@@ -41,19 +41,19 @@ def attempts(monkeypatch):
         of = staticmethod(lambda numbers: None)
 
     def watched(genuine):
-        def add(self, batch, numbers, added):
+        def add(self, batch, numbers, progress):
             found.sizes.append(len(numbers))
             mode = found.of(numbers)
             if mode is None:
-                return genuine(self, batch, numbers, added)
+                return genuine(self, batch, numbers, progress)
             with mode:
-                return genuine(self, batch, numbers, added)
+                return genuine(self, batch, numbers, progress)
 
         return add
 
     found = Attempts()
     found.sizes = []
-    for scorer in (sums.OnePass, sums.OneByOne):
+    for scorer in (scorers.OnePass, scorers.OneByOne):
         monkeypatch.setattr(scorer, "add", watched(scorer.add))
     return found
 
@@ -104,7 +104,7 @@ def scored(model, loader, **options):
 def check_faults(kind, attempts, monkeypatch, trials):
     """Single faults at so many operations in turn: of forward, backward, rules and sums."""
     # A tensor's examples go into its sums a few at a time.
-    monkeypatch.setattr("fish_tuning.per_example.gradients.CHUNK_ENTRIES", 2 * 48)
+    monkeypatch.setattr("fish_tuning.per_example.accumulate.CHUNK_ENTRIES", 2 * 48)
     model, options = model_and_options(kind)
     # Without padding, so that all are one part; the second batch is not the one that is checked.
     batches = batches_of(examples_for(model, 12, shortest=6, longest=6), 6)

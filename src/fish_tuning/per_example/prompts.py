@@ -1,4 +1,4 @@
-"""PEFT's prompts: one encoded prompt is repeated for each example of a batch."""
+"""PEFT encodes one prompt per batch and repeats it for each example."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,10 @@ _REPEATED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 @contextmanager
 def one_prompt(model: nn.Module) -> Iterator[None]:
-    """Inside the block a trained prompt is not repeated, for who gives it a row an example."""
+    """Inside the block, PEFT returns a trained prompt once instead of once per example.
+
+    The hooks on the prompt's embedding then expand it, so that each example has its own gradient.
+    """
     prompted = [
         module
         for module in model.modules()

@@ -1,12 +1,12 @@
-"""Per-example gradients of a module without a closed form: its forward is run again, row by row.
+"""Per-example gradients of modules without a closed form: their forward runs again.
 
-Adapter layers compute y = f(theta, x) from a batch x, and what f is differs from method to method.
-With the output's gradient g the gradient of example b is the vector-Jacobian product
+An adapter layer computes y = f(theta, x) from a batch x, with an f that differs between methods.
+Given the gradient g of its output, the gradient of example b is the vector-Jacobian product
 
     (d f(theta, x_b) / d theta)^T g_b,
 
-for which f alone is run forward and back again: for all rows at once under torch.func.vmap, or row
-by row where some operation of f is not made for that.
+which takes one forward and backward pass of f alone: for all examples at once under
+torch.func.vmap, or one by one if f has an operation that vmap does not support.
 """
 
 import logging
@@ -23,77 +23,85 @@ logger = logging.getLogger(__name__)
 
 
 class Recomputed:
-    """One module, and the parameters in it whose gradients are wanted.
+    """A module that runs again, and the parameters in it whose gradients are wanted.
 
     Args:
-        module: Takes one tensor, whose first axis is the batch, and gives one.
-        parameters: By their names in the model.
+        module: Takes one tensor, whose first axis is the batch, and returns one tensor.
+        parameters: All parameters whose gradients are wanted, by their names in the model.
+
+    Attributes:
+        local_names: Those in the module: their names in the model -> their names in the module.
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.module = module
+        self._module = module
         names = {id(parameter): name for name, parameter in parameters.items()}
-        self.places = {
-            names[id(parameter)]: place
-            for place, parameter in module.named_parameters()
+        self.local_names = {
+            names[id(parameter)]: local_name
+            for local_name, parameter in module.named_parameters()
             if id(parameter) in names
         }
-        self._at_once = True
+        self._with_vmap = True
 
     @property
     def entries(self) -> int:
-        """Of the module, each of which may be there once for each row."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
+        """The entries of the module's parameters, of which vmap may hold a copy per example."""
+        return sum(parameter.numel() for parameter in self._module.parameters())
 
     def gradients(self, x: Tensor, g: Tensor, autocast: torch.dtype | None) -> dict[str, Tensor]:
-        """By name, (b, *shape), of inputs (b, ...) and their outputs' gradients (b, ...).
+        """The gradients by the parameters' names in the model, (b, *shape of the parameter).
 
         Args:
-            x: The inputs.
-            g: The gradients.
-            autocast: What the forward pass was cast to, if it was.
+            x: The module's inputs, (b, ...).
+            g: The gradients of its outputs, (b, ...).
+            autocast: The dtype that autocast was set to in the forward pass, if it was on.
         """
         with torch.autocast(
             x.device.type, autocast, enabled=autocast is not None, cache_enabled=False
         ):
-            if self._at_once:
+            if self._with_vmap:
                 try:
-                    return self._all_rows(x, g)
+                    return self._of_all(x, g)
                 except (RuntimeError, ValueError) as error:
                     if is_out_of_memory(error):
                         raise
-                    said = str(error).partition("\n")[0]
-                    logger.info("%s goes row by row: %s", type(self.module).__name__, said)
-                    self._at_once = False
-            rows = [self._row(*row) for row in zip(x, g, strict=True)]
-        return {name: torch.stack([row[name] for row in rows]) for name in self.places}
+                    reason = str(error).partition("\n")[0]
+                    kind = type(self._module).__name__
+                    logger.info("%s is recomputed row by row: %s", kind, reason)
+                    self._with_vmap = False
+            single = [self._of_one(*row) for row in zip(x, g, strict=True)]
+        return {name: torch.stack([found[name] for found in single]) for name in self.local_names}
 
-    def _all_rows(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    def _of_all(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         values = {
-            name: self.module.get_parameter(place).detach() for name, place in self.places.items()
+            name: self._module.get_parameter(local_name).detach()
+            for name, local_name in self.local_names.items()
         }
 
-        def of_row(x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        def of_one(x: Tensor, g: Tensor) -> dict[str, Tensor]:
             def forward(values: dict[str, Tensor]) -> Tensor:
-                placed = {self.places[name]: value for name, value in values.items()}
-                y: Tensor = functional_call(self.module, placed, (x.unsqueeze(0),))
+                local = {self.local_names[name]: value for name, value in values.items()}
+                y: Tensor = functional_call(self._module, local, (x.unsqueeze(0),))
                 return y
 
             found: dict[str, Tensor] = vjp(forward, values)[1](g.unsqueeze(0))[0]
             return found
 
         with warnings.catch_warnings():
-            # Of operations that vmap itself runs row by row.
+            # About operations that vmap itself runs one by one.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            gradients: dict[str, Tensor] = vmap(of_row)(x, g)
+            gradients: dict[str, Tensor] = vmap(of_one)(x, g)
         return gradients
 
-    def _row(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        parameters = [self.module.get_parameter(place) for place in self.places.values()]
+    def _of_one(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        parameters = {
+            name: self._module.get_parameter(local_name)
+            for name, local_name in self.local_names.items()
+        }
         with torch.enable_grad():
-            y = self.module(x.unsqueeze(0))
-        found = torch.autograd.grad(y, parameters, g.unsqueeze(0), allow_unused=True)
+            y = self._module(x.unsqueeze(0))
+        found = torch.autograd.grad(y, [*parameters.values()], g.unsqueeze(0), allow_unused=True)
         return {
             name: torch.zeros_like(parameter) if gradient is None else gradient
-            for name, parameter, gradient in zip(self.places, parameters, found, strict=True)
+            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
         }

@@ -1,22 +1,23 @@
-"""Where the per-example gradients of each parameter come from: which modules, and by what rule."""
+"""Which modules give the per-example gradients of each parameter, and how."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fish_tuning.per_example.closed_forms import Rule, embedding_weight, rule_for
+from fish_tuning.per_example.closed_forms import ClosedForm, closed_form_of, embedding_weight
 from fish_tuning.per_example.recomputed import Recomputed
 
 
-class NoRuleError(Exception):
-    """Gradients of one pass do not hold for this model; the message says where and why.
+class OnePassError(Exception):
+    """One backward pass cannot give this model's per-example gradients; the message says why.
 
     Args:
-        message: Where and why.
-        modules: Those whose gradients do not hold.
+        message: Which parameter, and why.
+        modules: The modules whose gradients are missing or wrong.
     """
 
     def __init__(self, message: str, modules: Iterable[nn.Module] = ()) -> None:
@@ -24,162 +25,180 @@ class NoRuleError(Exception):
         self.modules = list(modules)
 
 
-Group = tuple[str, ...]
-"""Parameters whose gradients come from the same modules, and are computed together."""
+Bundle = tuple[str, ...]
+"""Names of parameters whose gradients come from the same modules and are computed together."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a forward pass, once backward has reached its output.
+
+    Attributes:
+        module: The module.
+        x: Its input, (b, ...).
+        g: The gradient of its output, (b, ...).
+        autocast: The dtype that autocast was set to during the call, if it was on.
+    """
+
+    module: nn.Module
+    x: Tensor
+    g: Tensor
+    autocast: torch.dtype | None
 
 
 class Sources:
-    """The modules that are watched, and the parameters whose gradients each of them gives.
+    """The modules to watch, and the parameters whose gradients each of them gives.
 
-    A parameter's own module gives its gradient where a closed form is known. Of an adapter with
-    others the whole layer is recomputed; so is a module of any other kind.
-
-    Attributes:
-        closed: Rules by module and parameter.
-        recomputed: The modules that are run again.
-        groups: Whose gradients a module gives.
-        looked_up: Groups of embeddings alone, of whose rows few have a gradient.
-        entries: How many an example has of the largest thing that a group's gradients are made of.
-        running: Whether a module is run again just now.
+    A parameter's own module gives its gradient if a closed form is known. If an adapter has other
+    parameters too, the whole adapter layer is recomputed; so is any other kind of module.
 
     Args:
         model: The model.
-        parameters: Of the model, by name.
+        parameters: Parameters of the model, by name.
+
+    Attributes:
+        bundles: The bundles whose gradients each module gives.
+        recomputed: The modules that are run again.
+        lookups: Bundles that only embeddings use: most rows of an example's gradient are zero.
+        entries: Size of the largest per-example intermediate of each bundle.
+        recomputing: Whether a module is being run again right now.
 
     Raises:
-        NoRuleError: A parameter belongs to no module that could be called.
+        OnePassError: A parameter belongs to a module that is never called.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
-        self._layers: dict[nn.Module, list[nn.Module]] = defaultdict(list)
+        self._adapter_layers: dict[nn.Module, list[nn.Module]] = defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
                 for part in _parts(layer):
-                    self._layers[part].append(layer)
-        self._chosen: dict[nn.Module, None] = {}
-        self.running = False
-        self.closed: dict[nn.Module, dict[str, Rule]] = {}
+                    self._adapter_layers[part].append(layer)
+        self._to_recompute: dict[nn.Module, None] = {}
+        self._closed_forms: dict[nn.Module, dict[str, ClosedForm]] = {}
+        self.bundles: dict[nn.Module, list[Bundle]] = {}
         self.recomputed: dict[nn.Module, Recomputed] = {}
-        self.groups: dict[nn.Module, list[Group]] = {}
-        self.looked_up: set[Group] = set()
-        self.entries: dict[Group, int] = {}
+        self.lookups: set[Bundle] = set()
+        self.entries: dict[Bundle, int] = {}
+        self.recomputing = False
         self._assign()
 
     def recompute(self, modules: Iterable[nn.Module]) -> bool:
         """Recomputes these modules from now on, or the adapter layers that they are part of.
 
         Returns:
-            Whether that is anything new.
+            Whether this changes anything.
         """
-        before = len(self._chosen)
+        before = len(self._to_recompute)
         for module in modules:
-            self._chosen |= dict.fromkeys(self._layers.get(module) or [module])
-        if len(self._chosen) == before:
+            self._to_recompute |= dict.fromkeys(self._adapter_layers.get(module) or [module])
+        if len(self._to_recompute) == before:
             return False
         self._assign()
         return True
 
-    def givers(self, names: Iterable[str]) -> list[nn.Module]:
+    def modules_of(self, names: Iterable[str]) -> list[nn.Module]:
         """The modules that give the gradients of these parameters."""
         wanted = set(names)
         return [
             module
-            for module, groups in self.groups.items()
-            if any(wanted.intersection(group) for group in groups)
+            for module, bundles in self.bundles.items()
+            if any(wanted.intersection(bundle) for bundle in bundles)
         ]
 
+    def parameter_of(self, module: nn.Module) -> str:
+        """The name of a parameter of a watched module, for messages."""
+        return self.bundles[module][0][0]
+
     def gradients(
-        self,
-        group: Group,
-        module: nn.Module,
-        x: Tensor,
-        g: Tensor,
-        dtype: torch.dtype,
-        autocast: torch.dtype | None,
+        self, bundle: Bundle, call: Call, rows: slice, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        """What one call of a module adds to each example's gradients, (b, *shape), by name.
+        """What one call of a module adds to the gradients of some examples.
 
         Args:
-            group: Whose gradients.
-            module: Which was called.
-            x: Its input, (b, ...).
-            g: Its output's gradient, (b, ...).
-            dtype: Of the gradients.
-            autocast: What the forward pass was cast to, if it was.
+            bundle: The parameters.
+            call: The call.
+            rows: The examples.
+            dtype: The dtype of the gradients.
+
+        Yields:
+            Names and gradients, (rows, *shape of the parameter). They may be overwritten.
         """
-        if (unit := self.recomputed.get(module)) is not None:
-            self.running = True
+        x, g = call.x[rows], call.g[rows]
+        if (recomputed := self.recomputed.get(call.module)) is not None:
+            self.recomputing = True
             try:
-                found = unit.gradients(x, g, autocast)
+                found = recomputed.gradients(x, g, call.autocast)
             finally:
-                self.running = False
-            for name in group:
+                self.recomputing = False
+            for name in bundle:
                 if name in found:
-                    # They may be views of g, or of one row for all, and are raised in place.
-                    own = torch.empty_like(found[name], dtype=dtype)
-                    yield name, own.copy_(found[name])
+                    # A copy: these may be views of g, or one row expanded to all examples.
+                    yield name, torch.empty_like(found[name], dtype=dtype).copy_(found[name])
             return
         x = x.to(dtype) if x.is_floating_point() else x
         g = g.to(dtype)
-        rules = self.closed[module]
-        yield from ((name, rules[name](module, x, g)) for name in group if name in rules)
+        forms = self._closed_forms[call.module]
+        yield from ((name, forms[name](call.module, x, g)) for name in bundle if name in forms)
 
     def _assign(self) -> None:
+        """Finds for each parameter a closed form or a module to recompute."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        parts = {part for module in self._chosen for part in module.modules() if part is not module}
-        outermost = [module for module in self._chosen if module not in parts]
+        chosen = self._to_recompute
+        inner = {part for module in chosen for part in module.modules() if part is not module}
+        outermost = [module for module in chosen if module not in inner]
         self.recomputed = {module: Recomputed(module, self._parameters) for module in outermost}
-        self.closed = defaultdict(dict)
-        lacking = []
+        self._closed_forms = defaultdict(dict)
+        without = []
         for module in self._model.modules():
-            if module in self._chosen or module in parts:
+            if module in chosen or module in inner:
                 continue
             for attribute, parameter in module._parameters.items():
                 if (name := names.get(id(parameter))) is None:
                     continue
-                if (rule := rule_for(module, attribute)) is not None:
-                    self.closed[module][name] = rule
+                if (form := closed_form_of(module, attribute)) is not None:
+                    self._closed_forms[module][name] = form
                 elif isinstance(module, nn.ParameterDict | nn.ParameterList) and not (
-                    self._layers.get(module)
+                    self._adapter_layers.get(module)
                 ):
                     kind = type(module).__name__
-                    raise NoRuleError(f"{name}, {attribute!r} of a {kind}, has no rule")
+                    raise OnePassError(f"{name}, {attribute!r} of a {kind}, has no rule")
                 else:
-                    lacking.append(module)
-        if not self.recompute(lacking):
-            self._group()
+                    without.append(module)
+        if not self.recompute(without):
+            self._bundle()
 
-    def _group(self) -> None:
-        givers: dict[str, list[nn.Module]] = defaultdict(list)
-        for module, unit in self.recomputed.items():
-            for name in unit.places:
-                givers[name].append(module)
-        recomputed = set(givers)
-        for module, rules in self.closed.items():
-            for name in rules:
-                givers[name].append(module)
+    def _bundle(self) -> None:
+        """Puts parameters together that are recomputed in the same modules."""
+        modules_of: dict[str, list[nn.Module]] = defaultdict(list)
+        for module, recomputed in self.recomputed.items():
+            for name in recomputed.local_names:
+                modules_of[name].append(module)
+        is_recomputed = set(modules_of)
+        for module, forms in self._closed_forms.items():
+            for name in forms:
+                modules_of[name].append(module)
         together: dict[object, list[str]] = defaultdict(list)
         for name in self._parameters:
-            key = frozenset(givers[name]) if name in recomputed else name
+            key = frozenset(modules_of[name]) if name in is_recomputed else name
             together[key].append(name)
-        self.groups, self.looked_up, self.entries = defaultdict(list), set(), {}
-        for group in map(tuple, together.values()):
-            modules = givers[group[0]]
+        self.bundles, self.lookups, self.entries = defaultdict(list), set(), {}
+        for bundle in map(tuple, together.values()):
+            modules = modules_of[bundle[0]]
             for module in modules:
-                self.groups[module].append(group)
-            if all(self._rule(module, group[0]) is embedding_weight for module in modules):
-                self.looked_up.add(group)
-            own = sum(self._parameters[name].numel() for name in group)
-            units = [self.recomputed[module] for module in modules if module in self.recomputed]
-            self.entries[group] = max([own, *(unit.entries for unit in units)])
+                self.bundles[module].append(bundle)
+            if all(self._form(module, bundle[0]) is embedding_weight for module in modules):
+                self.lookups.add(bundle)
+            own = sum(self._parameters[name].numel() for name in bundle)
+            again = [self.recomputed[module] for module in modules if module in self.recomputed]
+            self.entries[bundle] = max([own, *(recomputed.entries for recomputed in again)])
 
-    def _rule(self, module: nn.Module, name: str) -> Rule | None:
-        return self.closed[module].get(name) if module in self.closed else None
+    def _form(self, module: nn.Module, name: str) -> ClosedForm | None:
+        return self._closed_forms.get(module, {}).get(name)
 
 
 def _parts(layer: nn.Module) -> Iterator[nn.Module]:
-    """An adapter layer and what it is made of, without other adapter layers inside of it."""
+    """An adapter layer and the modules in it, without other adapter layers inside it."""
     yield layer
     for child in layer.children():
         if not isinstance(child, BaseTunerLayer):

@@ -1,4 +1,4 @@
-"""What a model is called with: batches of any loader, and the arguments its forward takes."""
+"""Batches of any loader, and calling a model with them."""
 
 import inspect
 import logging
@@ -13,19 +13,19 @@ from fish_tuning.engines import device_of
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any] | Sequence[Any]
-"""A mapping of forward arguments and labels, or a sequence whose first item is the input."""
+"""A mapping of forward arguments and labels, or a sequence of the input and the labels."""
 
 LABELS = "labels"
 
 IGNORED = -100
-"""The label of positions that are not part of the likelihood."""
+"""The label of tokens that are not part of the likelihood."""
 
 
 def batch_size(batch: Batch) -> int:
-    """The number of examples, by the labels or else the first tensor.
+    """The number of examples: the length of the labels, or else of the first tensor.
 
     Raises:
-        ValueError: There is no tensor in the batch.
+        ValueError: The batch has no tensor.
     """
     values = [*batch.values()] if isinstance(batch, Mapping) else [*batch]
     if isinstance(batch, Mapping) and isinstance(batch.get(LABELS), Tensor):
@@ -37,7 +37,7 @@ def batch_size(batch: Batch) -> int:
 
 
 def take(batch: Batch, rows: slice | Sequence[int]) -> Batch:
-    """The examples in these rows, of everything that has one entry an example."""
+    """The examples in these rows; values without one entry per example stay as they are."""
     size = batch_size(batch)
 
     def part(value: Any) -> Any:
@@ -55,15 +55,17 @@ def take(batch: Batch, rows: slice | Sequence[int]) -> Batch:
 def parts_by_length(
     batch: Batch, numbers: Sequence[int], size: int
 ) -> Iterator[tuple[Batch, Sequence[int]]]:
-    """Parts of a padded batch, of examples of similar length: most need less padding.
+    """Divides a padded batch into parts of similar length, most of which need less padding.
+
+    A batch whose padding cannot be cut (see `without_padding`) stays in one part.
 
     Args:
-        batch: A batch; one whose padding cannot be cut (see `without_padding`) is its only part.
-        numbers: The number of each example, in the batch's order.
-        size: The most examples of a part.
+        batch: The batch.
+        numbers: The number of each example in the calibration set.
+        size: The most examples in a part.
 
-    Returns:
-        Each part with the numbers of its examples.
+    Yields:
+        Each part, and the numbers of its examples.
     """
     lengths = _lengths(batch)
     if lengths is None:
@@ -76,10 +78,10 @@ def parts_by_length(
 
 
 def without_padding(batch: Batch) -> Batch:
-    """The batch as wide as its longest example.
+    """The batch without the columns that are padding in all examples.
 
-    It stays as it is without padding on the right, and where there is an entry for each token that
-    is not known to mean nothing there.
+    Only padding on the right is cut, and only if all entries with one value per token are known to
+    mean nothing in the padding.
     """
     lengths = _lengths(batch)
     if lengths is None:
@@ -92,13 +94,13 @@ def without_padding(batch: Batch) -> Batch:
     }
 
 
-# What has one entry a token beside the attention mask. An unknown key may have as many columns by
-# chance, or entries that matter where the mask is 0.
+# Entries with one value per token. An unknown key may have as many columns by chance, or values
+# that matter where the attention mask is 0.
 _BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
 def _lengths(batch: Batch) -> list[int] | None:
-    """Tokens of each example of a batch that is padded on the right and can be cut."""
+    """The number of tokens of each example; None if the batch has no padding that can be cut."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(batch, Mapping) or not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
@@ -126,7 +128,7 @@ def _describe(batch: Batch) -> str:
 
 
 def _base_of(model: Any) -> Any:
-    """The model whose forward PEFT's wrappers call in the end."""
+    """The model inside PEFT's wrappers."""
     if isinstance(model, PeftMixedModel):
         return model.base_model.model
     get_base_model = getattr(model, "get_base_model", None)
@@ -134,7 +136,7 @@ def _base_of(model: Any) -> Any:
 
 
 class Forward:
-    """Calls a model with what its forward takes of a batch.
+    """Calls a model with those entries of a batch that its forward takes.
 
     Args:
         model: A transformers or PEFT model, or any module.
@@ -150,7 +152,7 @@ class Forward:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
         self._takes_any = not self._named
-        # PEFT's own argument: the wrapper's forward keeps it from the base model's.
+        # An argument of PEFT's wrapper, which does not pass it on to the base model.
         self._named |= {"task_ids"} & inspect.signature(model.forward).parameters.keys()
         self._labels_required = (
             LABELS in parameters and parameters[LABELS].default is inspect.Parameter.empty
@@ -171,14 +173,14 @@ class Forward:
         return [move(value) for value in batch]
 
     def __call__(self, batch: Batch, *, with_labels: bool) -> Any:
-        """The model's outputs, with its own loss only where `with_labels`."""
+        """The model's outputs, with its own loss only if `with_labels`."""
         if not isinstance(batch, Mapping):
             return self.model(batch[0])
         arguments = {k: v for k, v in batch.items() if self._takes_any or k in self._named}
         self._report_dropped(batch.keys() - arguments.keys() - {LABELS})
         if not with_labels and not self._labels_required and LABELS in arguments:
-            # The model would compute a loss that nobody reads, over all the vocabulary.
-            self._leave_labels_out(arguments)
+            # The model would compute a loss over the whole vocabulary that nobody reads.
+            self._remove_labels(arguments)
         if "use_cache" in self._named:
             arguments.setdefault("use_cache", False)
         if _padded_left(arguments) and self._counts_positions_from_mask():
@@ -186,7 +188,7 @@ class Forward:
             arguments.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
         return self.model(**arguments)
 
-    def _leave_labels_out(self, arguments: dict[str, Any]) -> None:
+    def _remove_labels(self, arguments: dict[str, Any]) -> None:
         encoder_decoder = getattr(getattr(self.base, "config", None), "is_encoder_decoder", False)
         if not encoder_decoder or "decoder_input_ids" in arguments:
             del arguments[LABELS]
@@ -197,12 +199,10 @@ class Forward:
             )
 
     def _counts_positions_from_mask(self) -> bool:
-        """Whether generate() gives this model position ids that skip padding on the left."""
+        """Whether `generate` gives this model position ids that skip padding on the left."""
         generates = getattr(self.base, "can_generate", bool)()
         return (
-            generates
-            and "position_ids" in self._named
-            and (not self.base.config.is_encoder_decoder)
+            generates and "position_ids" in self._named and not self.base.config.is_encoder_decoder
         )
 
     def _report_dropped(self, keys: set[str]) -> None:

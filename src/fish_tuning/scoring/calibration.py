@@ -1,10 +1,9 @@
-"""One pass over a calibration set: the mean of a reduction of per-example gradients."""
+"""One pass over a calibration set: the mean of the per-example gradients' powers."""
 
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import get_args
 
 import numpy as np
 import torch
@@ -12,81 +11,54 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.engines import check_in_memory, device_of
-from fish_tuning.per_example.reduction import Reduction
-from fish_tuning.scoring.batches import Batch, Forward, batch_size, parts_by_length, take
-from fish_tuning.scoring.likelihood import TokenReduction
-from fish_tuning.scoring.objective import Estimator, LossFunction, Objective
+from fish_tuning.per_example.sums import GradientSums
+from fish_tuning.scoring.batches import Batch, batch_size, parts_by_length, take
+from fish_tuning.scoring.objective import Objective
 from fish_tuning.scoring.processes import Processes
-from fish_tuning.scoring.scorers import Sums, scorer_for
+from fish_tuning.scoring.scorers import BatchScorer
 
 logger = logging.getLogger(__name__)
 
 CPU_PART = 8
-"""Examples of a padded batch that a processor scores at a time: it takes as long as there are
-tokens, where an accelerator takes as long as there are kernels."""
+"""Examples of a padded batch that a CPU scores at a time. Its time grows with the tokens, and
+parts of similar length have little padding; an accelerator is faster with the whole batch."""
 
 
 def mean_over_examples(
-    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
+    objective: Objective,
     calibration_dataloader: Iterable[Batch],
-    reduction: Reduction,
-    device: torch.device | str | None = None,
-    *,
-    estimator: Estimator = "empirical",
-    num_samples: int | None = None,
-    label_samples: int | None = None,
-    token_reduction: TokenReduction = "mean",
-    loss_fn: LossFunction | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    device: torch.device | str | None,
+    num_samples: int | None,
+    progress: bool,
 ) -> dict[str, Tensor]:
-    """1/N sum_i r(d log p(y | x_i) / d theta), for a reduction r of single examples' gradients.
+    """1/N sum_i sum_j |d loss_ij / d theta|^power, over examples i and the losses j of each.
 
-    Model, modes and random number generators are given back as they were.
+    The model, its modes and the random number generators are left as they were.
 
     Args:
-        model: The bare model.
-        parameters: Those of its trainable parameters that are wanted, by name.
-        calibration_dataloader: As in `calculate_fisher_information`, and so all that follows.
-        reduction: What is kept of a gradient.
-        device: As there.
-        estimator: As there.
-        num_samples: As there.
-        label_samples: As there.
-        token_reduction: As there.
-        loss_fn: As there.
-        seed: As there.
-        progress: As there.
+        parameters: The parameters to score, by name.
+        objective: The losses, and the power.
+        calibration_dataloader: Batches.
+        device: Where to move the model first; nowhere if None.
+        num_samples: How many examples to use; all if None.
+        progress: Whether to show a progress bar.
 
     Returns:
         The means by parameter name.
 
     Raises:
-        ValueError: As there.
-        RuntimeError: As there.
-        torch.OutOfMemoryError: As there.
+        ValueError: `num_samples` is out of range, there is no example or no label, or the
+            processes have different parameters or batches.
+        RuntimeError: Another process failed.
+        torch.OutOfMemoryError: Memory does not suffice for a single example.
     """
-    check_choice("estimator", estimator, get_args(Estimator))
-    check_choice("token_reduction", token_reduction, get_args(TokenReduction))
-    for name, number in (("num_samples", num_samples), ("label_samples", label_samples)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number}: at least 1, or None")
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: at least 1, or None")
+    model = objective.forward.model
     if device is not None:
         model.to(device)
-    parameters = dict(parameters)
-    objective = Objective(
-        Forward(model),
-        estimator=estimator,
-        power=reduction.power,
-        label_samples=label_samples,
-        token_reduction=token_reduction,
-        loss_fn=loss_fn,
-        seed=seed,
-    )
-    sums: Sums | None = None
-    count = 0
-    on_cpu = next(iter(parameters.values())).device.type == "cpu"
+    sums = GradientSums(parameters, objective.power)
     processes = Processes(parameters)
     bar = tqdm(
         total=num_samples,
@@ -94,43 +66,40 @@ def mean_over_examples(
         unit="example",
         disable=not progress or processes.rank > 0,
     )
-    with _borrowed(model), processes.sharing(calibration_dataloader) as batches, bar:
+    scorer: BatchScorer | None = None
+    count = 0
+    on_cpu = next(iter(parameters.values())).device.type == "cpu"
+    with _evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
-            batch = objective.forward.on_device(batch)
-            size = batch_size(batch)
-            if num_samples is not None and count + size > num_samples:
-                size = num_samples - count
-                batch = take(batch, slice(size))
-            if sums is None and objective.has_label(batch):
-                scorer = scorer_for(model, parameters, objective, reduction, batch)
-                sums = Sums(scorer, loss_fn is None)
-            if sums is not None and own:
-                numbers = range(count, count + size)
+            batch = _first(objective.forward.on_device(batch), num_samples, count)
+            if scorer is None and objective.has_label(batch):
+                scorer = BatchScorer(objective, sums, batch)
+            numbers = range(count, count + batch_size(batch))
+            if scorer is not None and own:
                 parts: Iterable[tuple[Batch, Sequence[int]]] = [(batch, numbers)]
-                if loss_fn is None and on_cpu:
+                if objective.divisible and on_cpu:
                     parts = parts_by_length(batch, numbers, CPU_PART)
                 for part, of_part in parts:
-                    sums.add(part, of_part)
-            count += size
-            bar.update(size)
+                    scorer.add(part, of_part)
+            count = numbers.stop
+            bar.update(len(numbers))
             if count == num_samples:
                 break
         if count == 0:
             raise ValueError("the calibration dataloader is empty: give at least one example")
-        if sums is None:
+        if scorer is None:
             raise ValueError(f"all labels of the {count} calibration examples are -100")
-    totals = sums.scorer.sums
-    processes.add(totals.values())
+    processes.add(sums.totals.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
-    return {name: total.div_(count) for name, total in totals.items()}
+    return {name: total.div_(count) for name, total in sums.totals.items()}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that can be scored, by name.
 
     Raises:
-        ValueError: There is none, or some are offloaded.
+        ValueError: There are none, or some are offloaded.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -142,15 +111,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless an argument has one of the values allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+def _first(batch: Batch, num_samples: int | None, count: int) -> Batch:
+    """The part of a batch that is still wanted after `count` examples."""
+    if num_samples is None or count + batch_size(batch) <= num_samples:
+        return batch
+    return take(batch, slice(num_samples - count))
 
 
 @contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients; modes and random number generators are given back."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in evaluation mode and gradients are on.
+
+    Modes and random number generators are set back afterwards.
+    """
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
     device = device_of(model)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from fish_tuning.engines import unwrapped
 from fish_tuning.names import opposite_side, side_of
-from fish_tuning.per_example.reduction import Entrywise
-from fish_tuning.scoring.batches import Batch
-from fish_tuning.scoring.calibration import check_choice, mean_over_examples, trainable_parameters
+from fish_tuning.scoring.batches import Batch, Forward
+from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.scoring.likelihood import TokenReduction
-from fish_tuning.scoring.objective import Estimator, LossFunction
+from fish_tuning.scoring.objective import Estimator, LossFunction, Objective, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +91,18 @@ def calculate_fisher_information(
     """
     model = unwrapped(model)
     check_choice("statistic", statistic, get_args(Statistic))
-    scores = mean_over_examples(
-        model,
-        trainable_parameters(model),
-        calibration_dataloader,
-        Entrywise(2 if statistic == "squared" else 1),
-        device,
+    parameters = trainable_parameters(model)
+    objective = Objective(
+        Forward(model),
+        power=2 if statistic == "squared" else 1,
         estimator=estimator,
-        num_samples=num_samples,
         label_samples=label_samples,
         token_reduction=token_reduction,
         loss_fn=loss_fn,
         seed=seed,
-        progress=progress,
+    )
+    scores = mean_over_examples(
+        parameters, objective, calibration_dataloader, device, num_samples, progress
     )
     _report_zeros(scores)
     return scores

@@ -1,8 +1,8 @@
-"""log p(y | x), one value an example: the likelihoods that models are trained with.
+"""log p(y | x) of each example, for the likelihoods that models are trained with.
 
-A mean over a batch hides its examples, so losses are computed here from the logits. Each class
-knows its negative log-likelihood, how to draw labels from the model's own p(y | x), and, where
-the expectation over labels is a finite sum, that sum (the true Fisher information).
+Models return the mean loss of a batch, so the losses of its examples are computed here, from the
+logits. Each class knows its negative log-likelihood, how to draw labels from the model's own
+p(y | x), and the expectation over these labels (the true Fisher information) if it is a short sum.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ TokenReduction = Literal["mean", "sum"]
 
 
 class Likelihood(Protocol):
-    """A family p(y | logits) over batches."""
+    """A family of distributions p(y | logits)."""
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         """Whether logits and labels have the shapes and types of this family."""
@@ -33,18 +33,18 @@ class Likelihood(Protocol):
     def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
         """Losses, shape (b,) each, with sum_j |grad loss_j|^power = E_y |grad log p(y | x)|^power.
 
-        None where that is no short sum; then labels have to be drawn.
+        None if that takes too many losses; then labels have to be drawn.
         """
         ...
 
     def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Labels from p(y | logits), each example's from its own generator."""
+        """Draws labels from p(y | logits), for each example with its own generator."""
         ...
 
 
 @dataclass(frozen=True)
 class SingleLabel:
-    """One class an example: logits (b, C), integer labels (b,)."""
+    """One class per example: logits (b, C), integer labels (b,)."""
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         return (
@@ -70,12 +70,12 @@ class SingleLabel:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One class a token: logits (b, t, C), integer labels (b, t), -100 where there is none.
+    """One class per token: logits (b, t, C), integer labels (b, t), -100 where there is none.
 
     Attributes:
-        shifted: Whether the logits of a position are for the next one (causal language models).
-        reduction: "mean" over an example's labelled tokens, as models are trained, or "sum", the
-            log-likelihood of its whole label sequence.
+        shifted: Whether the logits at a position predict the next token (causal language models).
+        reduction: "mean" over an example's labeled tokens, as models are trained, or "sum", the
+            log-likelihood of the whole label sequence.
     """
 
     shifted: bool
@@ -91,7 +91,7 @@ class Tokens:
         )
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # Prompt tuning's virtual tokens stand before the labelled ones.
+        # Prompt tuning puts virtual tokens before the labeled ones.
         labels = F.pad(labels.long(), (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
         return (logits[:, :-1], labels[:, 1:]) if self.shifted else (logits, labels)
 
@@ -110,15 +110,15 @@ class Tokens:
     def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         drawn = labels.clone()
         logits, labels = self._aligned(logits, labels)
-        labelled = labels != IGNORED
-        # As many numbers as labelled tokens, so that padding does not move the stream.
-        counts = labelled.sum(1).tolist()
+        labeled = labels != IGNORED
+        # One number per labeled token, so that the labels do not depend on the padding.
+        counts = labeled.sum(1).tolist()
         uniform = torch.cat(
             [torch.rand(n, generator=g) for n, g in zip(counts, generators, strict=True)]
         )
-        tokens = _inverse_cdf(logits[labelled], uniform)
+        tokens = _inverse_cdf(logits[labeled], uniform)
         padded = torch.full_like(labels, IGNORED)
-        padded[labelled] = tokens
+        padded[labeled] = tokens
         width = min(drawn.shape[1], padded.shape[1])
         drawn[:, drawn.shape[1] - width :] = padded[:, padded.shape[1] - width :]
         return drawn
@@ -126,7 +126,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Regression:
-    """Mean squared error over C outputs: a Gaussian of variance C / 2 around each."""
+    """Mean squared error over C outputs: Gaussians of variance C / 2 around the outputs."""
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         return logits.dim() == 2 and labels.numel() == logits.numel()
@@ -152,7 +152,7 @@ class Regression:
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """C independent yes-or-no labels: logits (b, C), float labels (b, C); the mean over them."""
+    """C independent binary labels: logits (b, C), float labels (b, C); the mean over them."""
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         return logits.dim() == 2 and labels.shape == logits.shape and labels.is_floating_point()
@@ -184,11 +184,11 @@ LIKELIHOODS: tuple[Likelihood, ...] = (
     MultiLabel(),
     Regression(),
 )
-"""All of them; where several fit the same shapes, the likelier reading first."""
+"""All likelihoods; of those that fit the same shapes, the likelier one comes first."""
 
 
 def generator_of(seed: int, example: int, draw: int) -> torch.Generator:
-    """The random numbers of one example's labels, whatever batch it comes in."""
+    """The random numbers for the labels of one example, the same in any batch."""
     digest = blake2b(f"{seed}/{example}/{draw}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -198,7 +198,7 @@ def _precise(logits: Tensor) -> Tensor:
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Classes drawn by uniform numbers: (n, C), (n,) -> (n,)."""
+    """Draws classes by uniform numbers in [0, 1): (n, C), (n,) -> (n,)."""
     cdf = F.softmax(_precise(logits.detach()), -1).cumsum(-1)
     drawn = torch.searchsorted(cdf, uniform.to(cdf).unsqueeze(-1)).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1)

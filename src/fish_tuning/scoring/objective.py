@@ -1,8 +1,8 @@
-"""The losses whose gradients are scored: from a batch to one value an example."""
+"""The losses whose gradients are scored: a batch -> one value per example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +28,44 @@ from fish_tuning.scoring.likelihood import (
 
 Estimator = Literal["empirical", "true"]
 LossFunction = Callable[[Any, Batch], Tensor]
-"""(outputs of the model, batch) -> one loss an example, shape (b,)."""
+"""(outputs of the model, batch) -> one loss per example, shape (b,)."""
 
 
 class Objective:
-    """Losses of shape (b,) for a batch; what is scored is sum_j |gradient of loss_j|^power.
+    """Turns a batch into its losses: what is scored is sum_j |gradient of loss_j|^power.
 
-    `recognise` has to see a batch first. It settles where a loss comes from: the caller's
-    `loss_fn`, a likelihood that agrees with the model's own loss, or (`by_example` is False then)
+    `recognize` has to see a batch first. It decides where the losses come from: the caller's
+    `loss_fn`, a likelihood that agrees with the model's own loss, or (then `by_example` is False)
     that loss itself, which is known for one example at a time only.
+
+    Args:
+        forward: Calls the model.
+        power: 2 to score squared gradients, 1 for absolute ones.
+        estimator: As in `calculate_fisher_information`, like all that follow.
+        label_samples: See there.
+        token_reduction: See there.
+        loss_fn: See there.
+        seed: See there.
+
+    Raises:
+        ValueError: An argument is out of range, or does not go with another.
     """
 
     def __init__(
         self,
         forward: Forward,
+        power: int,
         *,
         estimator: Estimator,
-        power: int,
         label_samples: int | None,
         token_reduction: TokenReduction,
         loss_fn: LossFunction | None,
         seed: int,
     ) -> None:
+        check_choice("estimator", estimator, get_args(Estimator))
+        check_choice("token_reduction", token_reduction, get_args(TokenReduction))
+        if label_samples is not None and label_samples < 1:
+            raise ValueError(f"label_samples={label_samples}: at least 1, or None")
         if loss_fn is not None and estimator == "true":
             raise ValueError(
                 "estimator='true' needs the model's p(y | x), which a loss_fn does not give: use "
@@ -69,23 +85,28 @@ class Objective:
         """Whether a batch of several examples has a loss for each."""
         return self._loss_fn is not None or self._likelihood is not None
 
-    def has_label(self, batch: Batch) -> bool:
-        """Whether there is an example to recognise a loss by: one whose labels are not all -100.
+    @property
+    def divisible(self) -> bool:
+        """Whether a batch may be scored in parts; a `loss_fn` always gets whole batches."""
+        return self._loss_fn is None
 
-        An example without labels scores 0.
+    def has_label(self, batch: Batch) -> bool:
+        """Whether the batch has an example to recognize the loss by.
+
+        An example whose labels are all -100 has no loss; it scores 0.
         """
         labels = _labels_of(batch)
-        if self._loss_fn is not None or not _is_by_token(labels):
+        if self._loss_fn is not None or not _has_token_labels(labels):
             return True
         return bool((labels != IGNORED).any())
 
-    def recognise(self, batch: Batch) -> None:
-        """Calls the model with one example and finds out how its loss is made.
+    def recognize(self, batch: Batch) -> None:
+        """Calls the model with one example and finds out how its loss is computed.
 
         Raises:
-            ValueError: No loss can be made of the outputs and the batch.
+            ValueError: The outputs and the batch give no loss.
         """
-        position = _best_labelled(batch)
+        position = _most_labeled(batch)
         one = take(batch, slice(position, position + 1))
         outputs = self.forward(one, with_labels=self._loss_fn is None)
         if self._loss_fn is not None:
@@ -104,9 +125,9 @@ class Objective:
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
             self._likelihood = _matching(logits, labels, own, self._reduction)
         if self._likelihood is None:
-            self._need_own_loss(own, logits, labels)
+            self._check_own_loss(own, logits, labels)
 
-    def _need_own_loss(self, own: Tensor | None, logits: Any, labels: Any) -> None:
+    def _check_own_loss(self, own: Tensor | None, logits: Any, labels: Any) -> None:
         if own is None:
             raise ValueError(
                 f"no likelihood fits logits of shape {_shape(logits)} and labels of shape "
@@ -119,7 +140,11 @@ class Objective:
             )
 
     def __call__(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
-        """The losses of a batch whose examples have these numbers in the calibration set.
+        """The losses of a batch, each of shape (b,).
+
+        Args:
+            batch: The examples.
+            numbers: Their numbers in the calibration set.
 
         Raises:
             ValueError: A loss is not finite or does not depend on any trainable parameter.
@@ -140,7 +165,7 @@ class Objective:
             loss = self._loss_fn(self.forward(batch, with_labels=False), batch)
             if _shape(loss) != (size,):
                 raise ValueError(
-                    f"loss_fn returned {_shape(loss)} for {size} examples: one loss an example, "
+                    f"loss_fn returned {_shape(loss)} for {size} examples: one loss per example, "
                     f"shape ({size},), is needed (reduction='none')"
                 )
             return [loss]
@@ -153,17 +178,33 @@ class Objective:
             labels = _predicted_from_text(labels, batch)
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
+        return self._expected(self._likelihood, logits, labels, numbers)
+
+    def _expected(
+        self, likelihood: Likelihood, logits: Tensor, labels: Tensor, numbers: Sequence[int]
+    ) -> list[Tensor]:
+        """Losses whose sum of |gradient|^power is its expectation over labels, or an estimate."""
         if self._label_samples is None:
-            exact = self._likelihood.expectation(logits, self.power)
+            exact = likelihood.expectation(logits, self.power)
             if exact is not None:
                 return exact
         draws = self._label_samples or 1
         losses = []
         for draw in range(draws):
             generators = [generator_of(self._seed, number, draw) for number in numbers]
-            drawn = self._likelihood.draw(logits, labels, generators)
-            losses.append(draws ** (-1 / self.power) * self._likelihood.losses(logits, drawn))
+            drawn = likelihood.draw(logits, labels, generators)
+            losses.append(draws ** (-1 / self.power) * likelihood.losses(logits, drawn))
         return losses
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Checks that an argument has one of its allowed values.
+
+    Raises:
+        ValueError: It has another.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 def _labels_of(batch: Batch) -> Any:
@@ -172,22 +213,22 @@ def _labels_of(batch: Batch) -> Any:
     return batch[1] if len(batch) > 1 else None
 
 
-def _is_by_token(labels: Any) -> bool:
+def _has_token_labels(labels: Any) -> bool:
     return isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 1
 
 
-def _best_labelled(batch: Batch) -> int:
-    """The example with the most labels: one without has no loss to compare."""
+def _most_labeled(batch: Batch) -> int:
+    """The example with the most labels; one without labels has no loss to compare."""
     labels = _labels_of(batch)
-    if not _is_by_token(labels):
+    if not _has_token_labels(labels):
         return 0
     return int((labels != IGNORED).flatten(1).sum(1).argmax())
 
 
 def _predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
-    """Labels without that of the first token after padding on the left.
+    """The labels without that of the first token after padding on the left.
 
-    Without padding nothing predicts the first token, and so no padding position may either.
+    Nothing predicts the first token of an unpadded example, so padding must not either.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
@@ -198,46 +239,56 @@ def _predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
 def _matching(
     logits: Tensor, labels: Tensor, own: Tensor | None, reduction: TokenReduction
 ) -> Likelihood | None:
-    """The likelihood that agrees with the model's own loss of one example; without it, what fits.
+    """The likelihood that agrees with the model's own loss of one example.
 
-    The gradient has to agree too: at logits near 0 many losses have the same value.
+    Without a loss of the model's own, it is the first likelihood that fits the shapes.
     """
     fitting = [kind for kind in LIKELIHOODS if kind.fits(logits, labels)]
-    if own is None and logits.shape[-1] == 1 and Regression() in fitting:
-        # As transformers reads it: one output is a regression.
-        fitting = [Regression()]
     if own is not None:
-        eps = max(torch.finfo(own.dtype).eps, torch.finfo(logits.dtype).eps)
-        tolerance = max(1e-4, 4 * eps)
-        gradient = None
-        if own.requires_grad and logits.requires_grad:
-            # None where the loss is computed of other logits than these.
-            (gradient,) = torch.autograd.grad(own, logits, allow_unused=True)
-        distances = {}
-        for kind in fitting:
-            leaf = logits.detach().requires_grad_()
-            loss = kind.losses(leaf, labels).sum()
-            distance = float((loss - own).detach().abs())
-            if distance > tolerance * float(own.detach().abs()) + 1e-4:
-                continue
-            if gradient is not None:
-                (known,) = torch.autograd.grad(loss, leaf)
-                if (known - gradient).norm() > tolerance * known.norm() + 1e-6:
-                    continue
-            distances[kind] = distance
-        # Half precision's tolerance may let a second reading in. The sort is stable.
-        fitting = sorted(distances, key=distances.__getitem__)
+        fitting = _agreeing(fitting, logits, labels, own)
+    elif logits.shape[-1] == 1 and Regression() in fitting:
+        # transformers, too, takes a single output for a regression.
+        fitting = [Regression()]
     if not fitting:
         return None
     best = fitting[0]
     return replace(best, reduction=reduction) if isinstance(best, Tokens) else best
 
 
+def _agreeing(
+    kinds: Sequence[Likelihood], logits: Tensor, labels: Tensor, own: Tensor
+) -> list[Likelihood]:
+    """The likelihoods that agree with the model's own loss, the closest first.
+
+    The gradients have to agree too: at logits near 0 many losses have the same value.
+    """
+    eps = max(torch.finfo(own.dtype).eps, torch.finfo(logits.dtype).eps)
+    tolerance = max(1e-4, 4 * eps)
+    gradient = None
+    if own.requires_grad and logits.requires_grad:
+        # None if the loss is not computed from these logits.
+        (gradient,) = torch.autograd.grad(own, logits, allow_unused=True)
+    distances = {}
+    for kind in kinds:
+        leaf = logits.detach().requires_grad_()
+        loss = kind.losses(leaf, labels).sum()
+        distance = float((loss - own).detach().abs())
+        if distance > tolerance * float(own.detach().abs()) + 1e-4:
+            continue
+        if gradient is not None:
+            (known,) = torch.autograd.grad(loss, leaf)
+            if (known - gradient).norm() > tolerance * known.norm() + 1e-6:
+                continue
+        distances[kind] = distance
+    # The tolerance of half precision may admit two. The sort is stable.
+    return sorted(distances, key=distances.__getitem__)
+
+
 def _field(outputs: Any, name: str) -> Any:
-    """A field of a model's output; an output that is a tensor is the logits."""
+    """A field of a model's output; if the output is a tensor, it is the logits."""
     if isinstance(outputs, Tensor):
         return outputs if name == "logits" else None
-    # A field set afterwards is an attribute and no item before transformers 5.
+    # Before transformers 5, a field that a hook sets on an output is an attribute, not an item.
     value = getattr(outputs, name, None)
     return outputs.get(name) if value is None and isinstance(outputs, Mapping) else value
 

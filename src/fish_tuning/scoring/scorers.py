@@ -1,192 +1,182 @@
-"""Sums of per-example gradients over batches: in one pass, one by one, or in halves of a batch."""
+"""Ways to add the scores of a batch to sums: in one pass, one by one, or in halves."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
-from fish_tuning.per_example.gradients import Added, PerExampleGradients
+from fish_tuning.per_example.gradients import PerExampleGradients
 from fish_tuning.per_example.memory import is_out_of_memory
-from fish_tuning.per_example.reduction import Reduction
-from fish_tuning.per_example.sources import NoRuleError
+from fish_tuning.per_example.sources import OnePassError
+from fish_tuning.per_example.sums import GradientSums, Progress
 from fish_tuning.scoring.batches import Batch, batch_size, take
 from fish_tuning.scoring.objective import Objective
 
 logger = logging.getLogger(__name__)
 
 
-class Sums:
-    """Adds parts of batches to a scorer's sums: smaller ones once memory did not suffice.
+class BatchScorer:
+    """Adds batches to sums, and divides them in halves once memory runs out.
+
+    The first batch decides which loss its examples have, and whether one backward pass per batch
+    gives their gradients.
 
     Args:
-        scorer: What adds a part that fits.
-        divisible: Whether a part may be divided.
+        objective: The losses whose gradients are scored.
+        sums: Where to add the gradients.
+        batch: A batch with a label.
     """
 
-    def __init__(self, scorer: OnePass | OneByOne, divisible: bool) -> None:
-        self.scorer = scorer
-        self._divisible = divisible
+    def __init__(self, objective: Objective, sums: GradientSums, batch: Batch) -> None:
+        self._scorer = _scorer_for(objective, sums, batch)
+        self._divisible = objective.divisible
         self._most: float = float("inf")
 
-    def add(self, batch: Batch, numbers: Sequence[int], added: Added | None = None) -> None:
-        """Adds a part, whole or in halves.
+    def add(self, batch: Batch, numbers: Sequence[int], progress: Progress | None = None) -> None:
+        """Adds a batch.
 
         Args:
-            batch: Examples.
+            batch: The examples.
             numbers: Their numbers in the calibration set.
-            added: What an attempt that failed has added of them already.
+            progress: What a failed attempt has added of them already.
 
         Raises:
-            torch.OutOfMemoryError: Memory does not suffice for one example.
+            torch.OutOfMemoryError: Memory does not suffice for a single example.
         """
-        added = Counter() if added is None else added
-        if len(numbers) <= self._most and self._fits(batch, numbers, added):
+        progress = Progress() if progress is None else progress
+        if len(numbers) <= self._most and self._fits(batch, numbers, progress):
             return
         middle = (len(numbers) + 1) // 2
-        for rows in (slice(0, middle), slice(middle, len(numbers))):
-            of_half = {key: min(max(n - rows.start, 0), middle) for key, n in added.items()}
-            self.add(take(batch, rows), numbers[rows], Counter(of_half))
+        for half in (slice(0, middle), slice(middle, len(numbers))):
+            self.add(take(batch, half), numbers[half], progress.within(half))
 
-    def _fits(self, batch: Batch, numbers: Sequence[int], added: Added) -> bool:
-        """Adds a part unless memory does not suffice; `added` says how far it came then."""
+    def _fits(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> bool:
+        """Adds a batch and returns True, or returns False if memory runs out."""
         try:
-            self._add(batch, numbers, added)
+            self._attempt(batch, numbers, progress)
+            return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            said = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0]
             if len(numbers) == 1 or not self._divisible:
-                which = f"calibration example {numbers[0]} alone"
-                if len(numbers) > 1:
-                    which = f"{len(numbers)} calibration examples at a time, as a loss_fn gets them"
-                raise torch.OutOfMemoryError(
-                    f"memory does not suffice to score {which}: shorten the examples, make the "
-                    "batches smaller, score fewer parameters, or free memory that others hold "
-                    f"({said})"
-                ) from error
+                raise torch.OutOfMemoryError(_no_way_to_divide(numbers, reason)) from error
             self._most = (len(numbers) + 1) // 2
             logger.warning(
                 "Memory does not suffice for %d examples at a time: scoring goes on with %d (%s)",
                 len(numbers),
                 self._most,
-                said,
+                reason,
             )
-        else:
-            return True
-        # Only now: the error held the frames of the failed attempt, and with them its tensors.
+        # Not earlier: until here the error kept the frames of the failed attempt and their tensors.
         gc.collect()
         return False
 
-    def _add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
+    def _attempt(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> None:
         while True:
             try:
-                return self.scorer.add(batch, numbers, added)
-            except NoRuleError as reason:
-                self.scorer = self.scorer.otherwise(reason)
+                return self._scorer.add(batch, numbers, progress)
+            except OnePassError as error:
+                assert isinstance(self._scorer, OnePass)
+                self._scorer = self._scorer.after(error)
 
 
 class OnePass:
-    """One backward pass a batch."""
+    """One backward pass per batch.
+
+    Args:
+        gradients: Adds the gradients to the sums.
+        objective: The losses.
+        sums: The sums.
+    """
 
     def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        objective: Objective,
-        reduction: Reduction,
-        gradients: PerExampleGradients,
+        self, gradients: PerExampleGradients, objective: Objective, sums: GradientSums
     ) -> None:
-        self.parameters, self.objective, self.reduction = parameters, objective, reduction
-        self.gradients, self.sums = gradients, gradients.sums
+        self._gradients, self._objective, self._sums = gradients, objective, sums
 
-    def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
-        """Adds what `added` does not have yet, and enters it there."""
-        with self.gradients.watching(batch_size(batch), added):
-            losses = self.objective(batch, numbers)
+    def add(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> None:
+        """Adds what the sums do not have yet, and notes it in `progress`."""
+        with self._gradients.watching(batch_size(batch), progress):
+            losses = self._objective(batch, numbers)
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
-                self.gradients.backward(loss, retain_graph=left > 0)
+                self._gradients.backward(loss, retain_graph=left > 0)
 
-    def otherwise(self, reason: NoRuleError) -> OnePass | OneByOne:
-        """What goes on where gradients did not hold."""
-        if self.gradients.recompute(reason):
+    def after(self, error: OnePassError) -> OnePass | OneByOne:
+        """The scorer to go on with, after this one has failed."""
+        if self._gradients.recompute(error):
             return self
-        return _one_by_one(self.parameters, self.objective, self.reduction, reason, self.sums)
+        return _one_by_one(self._objective, self._sums, error)
 
 
 class OneByOne:
-    """One backward pass an example: always right, and slower."""
+    """One backward pass per example: right for every model, and slower.
 
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        objective: Objective,
-        reduction: Reduction,
-        sums: dict[str, Tensor] | None = None,
-    ) -> None:
-        self.parameters, self.objective, self.reduction = parameters, objective, reduction
-        self.sums = {n: reduction.zeros(p) for n, p in parameters.items()} if sums is None else sums
+    Args:
+        objective: The losses.
+        sums: The sums.
+    """
 
-    def add(self, batch: Batch, numbers: Sequence[int], added: Added) -> None:
-        """Adds what `added` does not have yet, and enters it there."""
+    def __init__(self, objective: Objective, sums: GradientSums) -> None:
+        self._objective, self._sums = objective, sums
+
+    def add(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> None:
+        """Adds what the sums do not have yet, and notes it in `progress`."""
+        parameters = self._sums.parameters
         for i, number in enumerate(numbers):
-            losses = self.objective(take(batch, slice(i, i + 1)), [number])
+            losses = self._objective(take(batch, slice(i, i + 1)), [number])
             for j, loss in enumerate(losses):
                 gradients = torch.autograd.grad(
                     loss.sum(),
-                    [*self.parameters.values()],
+                    [*parameters.values()],
                     retain_graph=j + 1 < len(losses),
                     allow_unused=True,
                 )
-                for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
-                    if gradient is not None and added[name, j] <= i:
-                        # A copy: autograd gives parameters that are added one gradient.
-                        one = gradient.to(total.dtype, copy=True).unsqueeze(0)
-                        self.reduction.add(total, one)
-                        added[name, j] = i + 1
-
-    def otherwise(self, reason: NoRuleError) -> OneByOne:
-        """Itself: no rule is needed."""
-        return self
+                done = progress.of_loss(j)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None and done[name] <= i:
+                        # A copy: if the model adds two parameters, autograd returns one tensor
+                        # for both.
+                        dtype = self._sums.totals[name].dtype
+                        self._sums.add(name, gradient.to(dtype, copy=True).unsqueeze(0))
+                        done[name] = i + 1
 
 
-def scorer_for(
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    objective: Objective,
-    reduction: Reduction,
-    batch: Batch,
-) -> OnePass | OneByOne:
-    """Looks at one example: which loss it has, and whether one pass a batch will do."""
+def _scorer_for(objective: Objective, sums: GradientSums, batch: Batch) -> OnePass | OneByOne:
+    """Recognizes the loss of one example, and chooses the scorer."""
     try:
-        gradients = PerExampleGradients(model, parameters, reduction)
-    except NoRuleError as error:
-        objective.recognise(batch)
-        return _one_by_one(parameters, objective, reduction, error)
+        gradients = PerExampleGradients(objective.forward.model, sums)
+    except OnePassError as error:
+        objective.recognize(batch)
+        return _one_by_one(objective, sums, error)
     while True:
         try:
             with gradients.checking_batch_axis():
-                objective.recognise(batch)
+                objective.recognize(batch)
             break
-        except NoRuleError as error:
+        except OnePassError as error:
             if not gradients.recompute(error):
-                return _one_by_one(parameters, objective, reduction, error)
+                return _one_by_one(objective, sums, error)
     if not objective.by_example:
         return _one_by_one(
-            parameters, objective, reduction, "the model's loss is none of those known by example"
+            objective, sums, "the model's loss is none of those known for each example"
         )
-    return OnePass(parameters, objective, reduction, gradients)
+    return OnePass(gradients, objective, sums)
 
 
-def _one_by_one(
-    parameters: dict[str, nn.Parameter],
-    objective: Objective,
-    reduction: Reduction,
-    reason: object,
-    sums: dict[str, Tensor] | None = None,
-) -> OneByOne:
+def _one_by_one(objective: Objective, sums: GradientSums, reason: object) -> OneByOne:
     logger.warning("Scoring one example at a time, which is slower: %s", reason)
-    return OneByOne(parameters, objective, reduction, sums)
+    return OneByOne(objective, sums)
+
+
+def _no_way_to_divide(numbers: Sequence[int], reason: str) -> str:
+    which = f"calibration example {numbers[0]} alone"
+    if len(numbers) > 1:
+        which = f"{len(numbers)} calibration examples at a time, as a loss_fn gets them"
+    return (
+        f"memory does not suffice to score {which}: shorten the examples, make the batches "
+        f"smaller, score fewer parameters, or free memory that others hold ({reason})"
+    )

@@ -1,0 +1,90 @@
+"""Per-example gradients -> sums, a few examples at a time."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fish_tuning.per_example.checks import TotalsCheck
+from fish_tuning.per_example.closed_forms import embedding_rows
+from fish_tuning.per_example.sources import Bundle, Call, Sources
+from fish_tuning.per_example.sums import GradientSums
+
+CHUNK_ENTRIES = 2**24
+"""Most entries of per-example gradients in memory at once: wide layers take fewer examples."""
+
+
+def accumulate(
+    sums: GradientSums,
+    sources: Sources,
+    bundle: Bundle,
+    calls: Sequence[Call],
+    done: Counter[str],
+    check: TotalsCheck | None = None,
+) -> None:
+    """Adds the gradients of a bundle of parameters for all examples of a batch.
+
+    Args:
+        sums: Where to.
+        sources: How to compute the gradients.
+        bundle: The parameters.
+        calls: All calls of modules that use them.
+        done: How many leading examples each sum has already; updated.
+        check: Sees the gradients before their powers replace them.
+    """
+    size = len(calls[0].x)
+    # A failed attempt may have got further with some parameters than with others.
+    first = min(done[name] for name in bundle)
+    if bundle in sources.lookups:
+        if first < size:
+            _accumulate_lookups(sums, bundle[0], calls, first, check)
+            done[bundle[0]] = size
+        return
+    dtype = sums.totals[bundle[0]].dtype
+    step = max(1, CHUNK_ENTRIES // sources.entries[bundle])
+    for start in range(first, size, step):
+        rows = slice(start, min(start + step, size))
+        for name, gradients in _gradients(sources, bundle, calls, rows, dtype).items():
+            new = gradients[max(0, done[name] - start) :]
+            if check is not None:
+                check.see(name, new)
+            sums.add(name, new)
+            done[name] = max(done[name], rows.stop)
+
+
+def _gradients(
+    sources: Sources, bundle: Bundle, calls: Sequence[Call], rows: slice, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The gradients of some examples, (rows, *shape) by name, summed over the calls."""
+    gradients: dict[str, Tensor] = {}
+    for call in calls:
+        for name, of_call in sources.gradients(bundle, call, rows, dtype):
+            known = gradients.get(name)
+            gradients[name] = of_call if known is None else known + of_call
+    return gradients
+
+
+def _accumulate_lookups(
+    sums: GradientSums,
+    name: str,
+    calls: Sequence[Call],
+    first: int,
+    check: TotalsCheck | None,
+) -> None:
+    """Adds an embedding's gradients: only the rows that an example looks up have one."""
+    total = sums.totals[name]
+    pairs = [
+        embedding_rows(call.module, call.x[first:], call.g[first:].to(total.dtype))
+        for call in calls
+    ]
+    ids = torch.cat([ids for ids, _ in pairs], 1)
+    g = torch.cat([g for _, g in pairs], 1).flatten(0, 1)
+    # An example may look up a row several times: its gradients are added before they are squared.
+    vocabulary = len(total)
+    keys = ids + vocabulary * torch.arange(len(ids), device=ids.device).unsqueeze(1)
+    looked_up, position = keys.flatten().unique(return_inverse=True)
+    gradients = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, position, g)
+    if check is not None:
+        check.see_rows(name, ids.flatten(), g)
+    sums.add_rows(name, looked_up % vocabulary, gradients)
