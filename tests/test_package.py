@@ -19,8 +19,6 @@ TOO_LONG = {
     "experiments/report/figures.py",
     "experiments/runs/training.py",
     "packing/folders.py",
-    "scoring/alignment.py",
-    "scoring/calibration.py",
     "scoring/fisher.py",
     "selection/select.py",
 }

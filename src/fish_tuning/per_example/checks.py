@@ -128,7 +128,8 @@ class TotalsCheck:
         # tokens, down to rounding errors of the factors (the bias of a key in attention).
         scale = gradient.norm() + self._sums.norm(name)
         rounding = self._rounding.get(name, torch.zeros_like(scale))
-        return max(1e-3, 8 * eps) * scale + 16 * eps * rounding
+        allowed: Tensor = max(1e-3, 8 * eps) * scale + 16 * eps * rounding
+        return allowed
 
 
 def _rounding(call: Call, like: Tensor) -> Tensor:

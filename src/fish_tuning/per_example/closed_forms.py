@@ -37,22 +37,22 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _linear_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = x W^T: (b, t, i), (b, t, o) -> (b, o, i)."""
+    """`y = x W^T`: (b, t, i), (b, t, o) -> (b, o, i)."""
     return torch.bmm(_tokens(g).transpose(1, 2), _tokens(x))
 
 
 def _conv1d_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = x W, the transposed linear layer of GPT-2: (b, t, i), (b, t, o) -> (b, i, o)."""
+    """`y = x W`, the transposed linear layer of GPT-2: (b, t, i), (b, t, o) -> (b, i, o)."""
     return _linear_weight(module, g, x)
 
 
 def _bias(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = ... + b: (b, t, o) -> (b, o)."""
+    """`y = ... + b`: (b, t, o) -> (b, o)."""
     return _tokens(g).sum(1)
 
 
 def embedding_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
-    """y = W[x]: (b, t), (b, t, d) -> (b, vocabulary, d)."""
+    """`y = W[x]`: (b, t), (b, t, d) -> (b, vocabulary, d)."""
     ids, g = embedding_rows(module, x, g)
     gradients = g.new_zeros(len(g), module.weight.shape[0], g.shape[-1])
     return gradients.scatter_add_(1, ids.unsqueeze(-1).expand_as(g), g)
@@ -67,12 +67,12 @@ def embedding_rows(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _layer_norm_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
-    """y = w * normalized(x) + b over the last axis: (b, t, d), (b, t, d) -> (b, d)."""
+    """`y = w * normalized(x) + b` over the last axis: (b, t, d), (b, t, d) -> (b, d)."""
     return _tokens(F.layer_norm(x, x.shape[-1:], eps=module.eps) * g).sum(1)
 
 
 def _rms_norm_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """y = w * n(x) or (1 + w) * n(x), where n is the norm: (b, t, d), (b, t, d) -> (b, d).
+    """`y = w * n(x)` or `(1 + w) * n(x)`, where n is the norm: (b, t, d), (b, t, d) -> (b, d).
 
     The module itself computes n(x), because some modules round to float32 on the way.
     """

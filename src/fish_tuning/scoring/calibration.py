@@ -69,6 +69,7 @@ def mean_over_examples(
     scorer: BatchScorer | None = None
     count = 0
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
+    by_length = on_cpu and objective.divisible
     with _evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
             batch = _first(objective.forward.on_device(batch), num_samples, count)
@@ -76,19 +77,18 @@ def mean_over_examples(
                 scorer = BatchScorer(objective, sums, batch)
             numbers = range(count, count + batch_size(batch))
             if scorer is not None and own:
-                parts: Iterable[tuple[Batch, Sequence[int]]] = [(batch, numbers)]
-                if objective.divisible and on_cpu:
-                    parts = parts_by_length(batch, numbers, CPU_PART)
-                for part, of_part in parts:
+                for part, of_part in _parts(batch, numbers, by_length):
                     scorer.add(part, of_part)
             count = numbers.stop
             bar.update(len(numbers))
             if count == num_samples:
                 break
-        if count == 0:
-            raise ValueError("the calibration dataloader is empty: give at least one example")
         if scorer is None:
-            raise ValueError(f"all labels of the {count} calibration examples are -100")
+            raise ValueError(
+                f"all labels of the {count} calibration examples are -100"
+                if count
+                else "the calibration dataloader is empty: give at least one example"
+            )
     processes.add(sums.totals.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
@@ -116,6 +116,13 @@ def _first(batch: Batch, num_samples: int | None, count: int) -> Batch:
     if num_samples is None or count + batch_size(batch) <= num_samples:
         return batch
     return take(batch, slice(num_samples - count))
+
+
+def _parts(
+    batch: Batch, numbers: Sequence[int], by_length: bool
+) -> Iterable[tuple[Batch, Sequence[int]]]:
+    """The parts in which a batch is scored, with the numbers of their examples."""
+    return parts_by_length(batch, numbers, CPU_PART) if by_length else [(batch, numbers)]
 
 
 @contextmanager
