@@ -528,7 +528,7 @@ def test_unknown_loss_is_scored_one_example_at_a_time(caplog):
     expected = naive_scores(model, examples, 2, lambda m, e: m(**pad([e])).loss)
     assert_scores_close(scored(model, batches_of(examples, 4)), expected)
     (message,) = messages(caplog)
-    assert message.endswith("the model's loss is none of those known by example")
+    assert message.endswith("the model's loss is none of those known for each example")
 
 
 # --- zeros, and LoRA's start ---------------------------------------------------------------
