@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fish_tuning.config import FishConfig, get_fish_model
+    from fish_tuning.config import FishConfig
+    from fish_tuning.fish_model import get_fish_model
     from fish_tuning.mask import FishMask
     from fish_tuning.packing import load_packed, pack, unpack
     from fish_tuning.scoring import (
@@ -50,7 +51,7 @@ _HOMES = {
     "apply_mask": "sparse",
     "calculate_fisher_information": "scoring",
     "create_mask_from_fisher": "selection",
-    "get_fish_model": "config",
+    "get_fish_model": "fish_model",
     "get_mask": "sparse",
     "load_packed": "packing",
     "magnitude_scores": "selection",

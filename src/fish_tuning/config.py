@@ -1,164 +1,114 @@
-"""The settings of FISH-Tuning in one object, and the call that carries them out."""
+"""The settings of FISH-Tuning: their names, their values and what they mean. No torch."""
 
-from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
 
-from fish_tuning.engines import check_maskable
-from fish_tuning.mask.mask import FishMask
-from fish_tuning.scoring.batches import Batch
-from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
-from fish_tuning.scoring.objective import Estimator, LossFunction
-from fish_tuning.selection.select import (
-    create_mask_from_fisher,
-    magnitude_scores,
-    pool_and_quota,
-    random_scores,
-    reversed_scores,
-)
-from fish_tuning.selection.shares import Scope
-from fish_tuning.sparse.apply import apply_mask, get_mask
+Scope = Literal["global", "per_tensor", "balanced", "features", "adaptive"]
+"""How the budget is divided before the best entries are taken.
+
+- `"global"`: not at all. The k best entries of the whole pool (arXiv 2504.04050, equation 4).
+- `"per_tensor"`: every tensor gets a share in proportion to its size.
+- `"balanced"`: LoRA's A, LoRA's B and all other tensors get equal parts, as far as the pool has
+  them. Without LoRA this is the same as `"global"`.
+- `"features"`: every tensor gets a share in proportion to its size. Within LoRA's tensors the share
+  goes to features, which are the columns of A and the rows of B: the features with the highest
+  scores, summed over the ranks, come first, and the ranks take turns. See `select_features`.
+- `"adaptive"`: like `"features"`, but within a kind (LoRA's A, its B, all other tensors) a tensor's
+  share is in proportion to its size times the root of its mean score. No tensor gets a density
+  above the geometric mean of its kind's density and one half, or above its kind's density where
+  that is higher: the fuller a tensor, the lower the learning rate it bears, and all tensors share
+  one learning rate.
+"""
 
 Criterion = Literal["fisher", "reversed", "random", "magnitude"]
+"""What entries are ranked by."""
+
 ScoringPoint = Literal["start", "perturbed"]
+"""Where Fisher information is computed."""
+
+Estimator = Literal["empirical", "true"]
+"""Whose labels Fisher information is computed with."""
+
+Statistic = Literal["squared", "absolute"]
+"""What is averaged over the examples: squared gradients (Fisher information) or their magnitude."""
+
+TokenReduction = Literal["mean", "sum"]
+"""How the log-likelihoods of an example's tokens make that of the example."""
 
 
-class FishConfig(BaseModel):
+class SelectionSettings(BaseModel):
+    """How entries are scored and selected, for one model and for a whole experiment alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scope: Scope = Field(
+        default="adaptive",
+        description="How the budget is divided before the best entries are taken: not at all "
+        "(global); by tensor size (per_tensor); equally to LoRA's A, its B and all other tensors "
+        "(balanced); by tensor size and, within LoRA, to the best features, on which the ranks "
+        "take turns (features); like features, but by size times the root of the mean score "
+        "(adaptive).",
+    )
+    estimator: Estimator = Field(
+        default="empirical",
+        description="Fisher information with the labels of the data (empirical), or in expectation "
+        "over the model's own predictions (true).",
+    )
+    num_samples: int | None = Field(
+        default=128,
+        ge=1,
+        description="Calibration examples that Fisher information is computed on; all if null.",
+    )
+
+
+class FishConfig(SelectionSettings):
     """How many parameters to train, and how to choose them.
 
-    Exactly one of `keep_ratio` and `num_trainable` is given. `model_dump_json` and
-    `model_validate_json` write and read it; the provenance of a mask holds it.
+    Give exactly one of `keep_ratio` and `num_trainable`. `model_dump_json` and
+    `model_validate_json` write and read a config, and the provenance of a mask records it.
 
     Raises:
         ValueError: A key is unknown, or a value is not allowed; pydantic names all of them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="Fraction of the pool (all but excluded tensors) to train."
+        default=None,
+        gt=0,
+        le=1,
+        description="Fraction of the pool to train. The pool is all but the excluded tensors.",
     )
     num_trainable: int | None = Field(
-        None, ge=1, description="Parameters to train in all, those of excluded tensors counted."
-    )
-    scope: Scope = Field(
-        "adaptive",
-        description="How the quota is shared out: one pool (global), to every tensor by its size "
-        "(per_tensor), so and within LoRA's to features, on which the ranks take turns (features), "
-        "as that but by size and root of the mean score (adaptive), or equally to LoRA's A and B "
-        "(balanced).",
+        default=None,
+        ge=1,
+        description="Number of parameters to train in total, excluded tensors included.",
     )
     criterion: Criterion = Field(
-        "fisher",
-        description="What an entry is worth: its Fisher information, that negated (reversed), a "
-        "random number, or its magnitude.",
+        default="fisher",
+        description="What entries are ranked by: high Fisher information (fisher), low Fisher "
+        "information (reversed), random numbers, or the magnitude of the weights.",
     )
     scoring_point: ScoringPoint = Field(
-        "perturbed",
-        description="Where Fisher information is taken: at the model as it is (start), or with "
-        "LoRA's zero B perturbed, without which A has no score (perturbed).",
+        default="perturbed",
+        description="Where Fisher information is computed: at the model as it is (start), or with "
+        "a small random B in place of LoRA's zero B, without which A has no score (perturbed).",
     )
-    estimator: Estimator = Field(
-        "empirical", description="Labels of the data, or the expectation over the model's own."
+    seed: int = Field(
+        default=0, description="Seed of the perturbation, of sampled labels and of random scores."
     )
-    num_samples: int | None = Field(
-        128, ge=1, description="Calibration examples to score; all of them if null."
-    )
-    seed: int = Field(0, description="Seeds the perturbation, drawn labels and random scores.")
     names_to_exclude: tuple[str, ...] = Field(
-        ("modules_to_save",),
-        description="Regular expressions; tensors whose names match are trained whole (the head).",
+        default=("modules_to_save",),
+        description="Regular expressions. Tensors with a matching name are trained densely: the "
+        "head.",
     )
 
+    @property
+    def uses_fisher(self) -> bool:
+        """Whether the criterion ranks by Fisher information, which takes calibration data."""
+        return self.criterion in ("fisher", "reversed")
+
     @model_validator(mode="after")
-    def _one_budget(self) -> Self:
+    def _check_budget(self) -> Self:
         if (self.keep_ratio is None) == (self.num_trainable is None):
             raise ValueError("give exactly one of keep_ratio and num_trainable")
         return self
-
-
-def get_fish_model(
-    model: nn.Module,
-    config: FishConfig,
-    calibration_dataloader: Iterable[Batch] | None = None,
-    *,
-    loss_fn: LossFunction | None = None,
-    progress: bool = True,
-) -> nn.Module:
-    """Scores the trainable parameters, selects among them and masks the model, in place.
-
-    Args:
-        model: A model with its adapter on it.
-        config: What to select.
-        calibration_dataloader: Batches to score with, as in `calculate_fisher_information`; the
-            criteria random and magnitude need none.
-        loss_fn: As there.
-        progress: As there.
-
-    Returns:
-        The same model, masked; `get_mask(model)` is the mask.
-
-    Raises:
-        ValueError: As in `calculate_fisher_information`, `create_mask_from_fisher` and
-            `apply_mask`; what can be told from the model alone, before anything is scored.
-    """
-    check_maskable(model)
-    if get_mask(model) is not None:
-        raise ValueError("the model has a mask already: call remove_mask(model) first")
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if trainable:
-        pool_and_quota(
-            {name: parameter.numel() for name, parameter in trainable.items()},
-            config.keep_ratio,
-            config.names_to_exclude,
-            config.num_trainable,
-        )
-    if calibration_dataloader is None and config.criterion in ("fisher", "reversed"):
-        raise ValueError(
-            f"criterion={config.criterion!r} needs a calibration_dataloader; random and magnitude "
-            "do not"
-        )
-    options: dict[str, Any] = {
-        "estimator": config.estimator,
-        "num_samples": config.num_samples,
-        "loss_fn": loss_fn,
-        "seed": config.seed,
-        "progress": progress,
-    }
-    scores = _scores(model, trainable, config, calibration_dataloader, options)
-    return apply_mask(model, select(scores, config))
-
-
-def select(scores: dict[str, Tensor], config: FishConfig) -> FishMask:
-    """The mask that a config makes of scores; its provenance is the config."""
-    return create_mask_from_fisher(
-        scores,
-        config.keep_ratio,
-        config.names_to_exclude,
-        num_trainable=config.num_trainable,
-        scope=config.scope,
-        provenance=config.model_dump(mode="json"),
-    )
-
-
-def _scores(
-    model: nn.Module,
-    trainable: dict[str, nn.Parameter],
-    config: FishConfig,
-    batches: Iterable[Batch] | None,
-    options: dict[str, Any],
-) -> dict[str, Tensor]:
-    if config.criterion == "random":
-        return random_scores(trainable, config.seed)
-    if config.criterion == "magnitude":
-        return magnitude_scores(trainable)
-    assert batches is not None
-    score = (
-        score_with_perturbed_b
-        if config.scoring_point == "perturbed"
-        else calculate_fisher_information
-    )
-    scores = score(model, batches, **options)
-    return reversed_scores(scores) if config.criterion == "reversed" else scores

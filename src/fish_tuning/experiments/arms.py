@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fish_tuning.config import Criterion
 from fish_tuning.experiments.config.schema import (
     ORIGINAL_LORA,
     AdapterConfig,
-    Criterion,
     ExperimentConfig,
     PeerConfig,
     VariantConfig,

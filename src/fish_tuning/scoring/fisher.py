@@ -3,21 +3,19 @@
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.config import Estimator, Statistic, TokenReduction
 from fish_tuning.engines import unwrapped
 from fish_tuning.names import opposite_side, side_of
 from fish_tuning.scoring.batches import Batch, Forward
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
-from fish_tuning.scoring.likelihood import TokenReduction
-from fish_tuning.scoring.objective import Estimator, LossFunction, Objective, check_choice
+from fish_tuning.scoring.objective import LossFunction, Objective, check_choice
 
 logger = logging.getLogger(__name__)
-
-Statistic = Literal["squared", "absolute"]
 
 
 def calculate_fisher_information(

@@ -8,15 +8,14 @@ p(y | x), and the expectation over these labels (the true Fisher information) if
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fish_tuning.config import TokenReduction
 from fish_tuning.scoring.batches import IGNORED
-
-TokenReduction = Literal["mean", "sum"]
 
 
 class Likelihood(Protocol):

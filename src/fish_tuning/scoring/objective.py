@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fish_tuning.config import Estimator, TokenReduction
 from fish_tuning.scoring.batches import (
     IGNORED,
     LABELS,
@@ -21,12 +22,10 @@ from fish_tuning.scoring.likelihood import (
     LIKELIHOODS,
     Likelihood,
     Regression,
-    TokenReduction,
     Tokens,
     generator_of,
 )
 
-Estimator = Literal["empirical", "true"]
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
 

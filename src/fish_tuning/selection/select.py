@@ -13,10 +13,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.config import Scope
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.selection.lora import select_features
 from fish_tuning.selection.ranking import Tie, highest
-from fish_tuning.selection.shares import Scope, shares_of
+from fish_tuning.selection.shares import shares_of
 
 logger = logging.getLogger(__name__)
 

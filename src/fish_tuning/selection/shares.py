@@ -5,28 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fish_tuning.config import Scope
 from fish_tuning.names import kind_of, side_of
-
-Scope = Literal["global", "per_tensor", "balanced", "features", "adaptive"]
-"""How the quota of k entries is shared out before the best are taken.
-
-- `"global"`: not at all, the k best of the whole pool (arXiv 2504.04050, equation 4).
-- `"per_tensor"`: to every tensor in proportion to its size.
-- `"balanced"`: in equal parts to those of these kinds that the pool has: LoRA's A, LoRA's B, all
-  other tensors. Without LoRA that is the same as `"global"`.
-- `"features"`: to every tensor in proportion to its size, and within LoRA's to features, which are
-  the columns of A and the rows of B: the best features first, by the sum of their scores over the
-  ranks, and the ranks take turns. See `select_features`.
-- `"adaptive"`: as `"features"`, but to the tensors of a kind (LoRA's A, its B, all others) in
-  proportion to size times root of the mean score, see `_gains`; to none a density above the
-  geometric mean of the kind's and one half, or above the kind's where that is higher. The fuller a
-  tensor, the lower the learning rate that it bears, and one learning rate serves all.
-"""
 
 Share = tuple[list[str], int]
 """Names, and how many entries are selected among all of theirs."""

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.trainer_utils import rotate_checkpoints
 
-from fish_tuning import FishMask
+from fish_tuning import FishMask, fish_model
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import RUN_FILE, read_results
 from fish_tuning.experiments.runs import run as run_module
-from fish_tuning.experiments.runs import scoring, training
+from fish_tuning.experiments.runs import training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.runs.run import run_experiment
 from tests.experiments.runs.test_run import FEW_ARMS, comparable, weights
@@ -71,13 +71,13 @@ def _killed_at_step(step):
 
 
 def _killed_after_scoring():
-    genuine = scoring.calculate_fisher_information
+    genuine = fish_model.calculate_fisher_information
 
     def score(*args, **kwargs):
         genuine(*args, **kwargs)
         _kill()
 
-    scoring.calculate_fisher_information = score
+    fish_model.calculate_fisher_information = score
 
 
 def _killed_in_saving_the_adapter():

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from fish_tuning.config import Criterion, FishConfig, ScoringPoint, SelectionSettings
 from fish_tuning.experiments.config.training_args import (
     DEFAULT_ARGS,
     FieldProblems,
@@ -38,9 +39,6 @@ ORIGINAL_LORA = "Original LoRA"
 Method = Literal[
     "Original LoRA", "LoRA-FISH", "LoRA-FISH-rand", "LoRA-FISH-rev", "LoRA (FISH rank)", "LoRA-FA"
 ]
-Criterion = Literal["fisher", "random", "reversed"]
-"""What a masked arm selects by."""
-
 DEFAULT_METHODS: list[Method] = [
     "Original LoRA",
     "LoRA-FISH",
@@ -324,31 +322,37 @@ class TrainingConfig(_Section):
     )
 
 
-class SelectionRule(_Section):
-    """How entries are scored and selected."""
+class SelectionRule(SelectionSettings, _Section):
+    """How the entries of masked arms are scored and selected."""
 
-    num_samples: Positive = Field(
-        default=128, description="Training examples that the Fisher scores are computed on."
-    )
-    scope: Literal["global", "per_tensor", "balanced", "features", "adaptive"] = Field(
-        default="adaptive",
-        description="How the budget is shared before the best entries are taken: not at all, by "
-        "tensor size, in halves to LoRA's A and B, by tensor size and feature, on which the "
-        "ranks take turns, or so by size and root of the mean score.",
-    )
-    scoring_point: Literal["start", "perturbed", "warmup"] = Field(
+    scoring_point: Literal[ScoringPoint, "warmup"] = Field(
         default="perturbed",
-        description="Where the scores are taken: at the adapter's start (A scores 0 there), at a "
-        "start with a small random B, or after warm-up steps that are then undone.",
+        description="Where Fisher information is computed: at the adapter's start, where A scores "
+        "0 (start); there, but with a small random B (perturbed); or after warm-up steps that are "
+        "then undone (warmup).",
     )
     warmup_steps: Positive = Field(
-        default=32, description="Training steps before scoring; with scoring_point: warmup."
+        default=32, description="Training steps before scoring, with scoring_point: warmup."
     )
-    estimator: Literal["empirical", "true"] = Field(
-        default="empirical",
-        description="Fisher information with the labels of the data, or in expectation over the "
-        "model's predictions.",
-    )
+
+    def fish_config(
+        self,
+        criterion: Criterion,
+        *,
+        num_trainable: int,
+        names_to_exclude: Sequence[str],
+        seed: int,
+    ) -> FishConfig:
+        """The settings of one selection; after a warm-up, the model is scored as it then is."""
+        shared = {name: getattr(self, name) for name in SelectionSettings.model_fields}
+        return FishConfig(
+            **shared,
+            criterion=criterion,
+            scoring_point="start" if self.scoring_point == "warmup" else self.scoring_point,
+            num_trainable=num_trainable,
+            names_to_exclude=tuple(names_to_exclude),
+            seed=seed,
+        )
 
 
 class AdapterConfig(_Section):
@@ -367,7 +371,10 @@ class VariantConfig(_Section):
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name in the results.")
     criterion: Criterion = Field(
-        default="fisher", description="What the rule ranks by: as in LoRA-FISH, -rand and -rev."
+        default="fisher",
+        description="What entries are ranked by: high Fisher information as in LoRA-FISH (fisher), "
+        "low as in LoRA-FISH-rev (reversed), random numbers as in LoRA-FISH-rand (random), or the "
+        "magnitude of the weights (magnitude).",
     )
     rule: dict[str, Any] = Field(
         default={},

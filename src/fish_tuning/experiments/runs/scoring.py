@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from fish_tuning.config import FishConfig
 from fish_tuning.experiments.arms import Arm
-from fish_tuning.experiments.config.schema import ExperimentConfig, SelectionRule
+from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.models.adapters import trainable_tensors
 from fish_tuning.experiments.models.counts import names_left_dense
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.runs.measurements import snapshot
+from fish_tuning.fish_model import score_and_select
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.names import side_of
-from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
-from fish_tuning.selection.select import (
-    create_mask_from_fisher,
-    random_scores,
-    reversed_scores,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -94,53 +91,35 @@ def select(
         collate: Makes a batch of some of them.
         warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
     """
-    rule = config.fish_tuning.rule_of(arm.variant)
-    seed = _seed(arm, config)
+    assert arm.criterion is not None
     began = time.perf_counter()
-    histograms: list[ScoreHistogram] = []
-    if arm.criterion == "random":
-        scores = random_scores(trainable_tensors(model), seed)
-    else:
-        loader = _calibration_set(rule, seed, config, train, collate)
-        scores = _fisher(model, rule, loader, _options(rule, seed), warmup)
-        histograms = score_histograms(scores)
-        if arm.criterion == "reversed":
-            scores = reversed_scores(scores)
-    mask = create_mask_from_fisher(
-        scores,
+    rule = config.fish_tuning.rule_of(arm.variant)
+    sizes = {name: tensor.numel() for name, tensor in trainable_tensors(model).items()}
+    settings = rule.fish_config(
+        arm.criterion,
         num_trainable=budget,
-        names_to_exclude=names_left_dense(
-            config, {name: tensor.numel() for name, tensor in scores.items()}, budget
-        ),
-        scope=rule.scope,
-        provenance={
-            "criterion": arm.criterion,
-            "scoring_point": rule.scoring_point,
-            "warmup_steps": rule.warmup_steps if rule.scoring_point == "warmup" else None,
-            "estimator": rule.estimator,
-            "num_samples": rule.num_samples,
-            "seed": seed,
-        },
+        names_to_exclude=names_left_dense(config, sizes, budget),
+        seed=arm.seed if config.fish_tuning.seed is None else config.fish_tuning.seed,
     )
+    steps = rule.warmup_steps if rule.scoring_point == "warmup" else None
+    batches = _calibration_set(settings, config, train, collate)
+    warm = steps is not None and settings.uses_fisher
+    with _after_warmup(model, rule.warmup_steps, warmup) if warm else nullcontext():
+        mask, information = score_and_select(
+            model,
+            settings,
+            batches,
+            progress=False,
+            provenance={"scoring_point": rule.scoring_point, "warmup_steps": steps},
+        )
+    histograms = [] if information is None else score_histograms(information)
     return Selection(mask, time.perf_counter() - began, histograms)
 
 
-def _seed(arm: Arm, config: ExperimentConfig) -> int:
-    return arm.seed if config.fish_tuning.seed is None else config.fish_tuning.seed
-
-
-def _options(rule: SelectionRule, seed: int) -> dict[str, Any]:
-    return {"estimator": rule.estimator, "seed": seed, "progress": False}
-
-
 def _calibration_set(
-    rule: SelectionRule,
-    seed: int,
-    config: ExperimentConfig,
-    train: Any,
-    collate: Callable[[Any], Any],
+    settings: FishConfig, config: ExperimentConfig, train: Any, collate: Callable[[Any], Any]
 ) -> DataLoader[Any]:
-    rows = np.random.default_rng(seed).permutation(len(train))[: rule.num_samples]
+    rows = np.random.default_rng(settings.seed).permutation(len(train))[: settings.num_samples]
     return DataLoader(
         train.select(rows),
         batch_size=config.training_args.get("per_device_train_batch_size", 8),
@@ -148,38 +127,18 @@ def _calibration_set(
     )
 
 
-def _fisher(
-    model: nn.Module,
-    rule: SelectionRule,
-    loader: DataLoader[Any],
-    options: dict[str, Any],
-    warmup: Callable[[int], Trainer],
-) -> dict[str, Tensor]:
-    if rule.scoring_point == "perturbed":
-        return score_with_perturbed_b(model, loader, **options)
-    if rule.scoring_point == "start":
-        return calculate_fisher_information(model, loader, **options)
-    return _after_warmup(
-        model, rule, warmup, lambda: calculate_fisher_information(model, loader, **options)
-    )
-
-
-def _after_warmup(
-    model: nn.Module,
-    rule: SelectionRule,
-    warmup: Callable[[int], Trainer],
-    score: Callable[[], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Scores of a model that has made its first steps; these are then undone."""
+@contextmanager
+def _after_warmup(model: nn.Module, steps: int, warmup: Callable[[int], Trainer]) -> Iterator[None]:
+    """Inside the block the model has made its first training steps; they are then undone."""
     start = snapshot(model, trainable_tensors(model))
     training = model.training
     try:
-        trainer = warmup(rule.warmup_steps)
-        trainer.add_callback(_StopAfter(rule.warmup_steps))
+        trainer = warmup(steps)
+        trainer.add_callback(_StopAfter(steps))
         trainer.train()
-        # Mixed precision wraps the forward pass, and would a second time in the training itself.
+        # Mixed precision wraps the forward pass, and would wrap it again in the training itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        return score()
+        yield
     finally:
         with torch.no_grad():
             for name, parameter in trainable_tensors(model).items():

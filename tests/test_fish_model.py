@@ -1,10 +1,7 @@
-"""FishConfig and get_fish_model: settings in, a masked model with the exact count out."""
-
-import json
+"""get_fish_model: settings in, a masked model with the exact count out."""
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from fish_tuning import (
     FishConfig,
@@ -175,13 +172,10 @@ def test_names_to_exclude_and_loss_fn_are_passed_on():
         assert bits.all() == ("modules_to_save" in name or "layer.1." in name), name
 
 
-# The object itself
-
-
-def test_json_round_trip():
-    """Guards against settings that a file loses or changes; the mask's provenance is one."""
+def test_provenance_is_the_config():
+    """Guards against a mask that does not say how it was made."""
     config = FishConfig(
-        num_trainable=900,
+        num_trainable=800,
         scope="per_tensor",
         criterion="random",
         estimator="true",
@@ -189,12 +183,10 @@ def test_json_round_trip():
         seed=3,
         names_to_exclude=("modules_to_save", "lora_A"),
     )
-    assert FishConfig.model_validate_json(config.model_dump_json()) == config
-    assert FishConfig(**json.loads(config.model_dump_json())) == config
     model, _ = model_and_loader()
-    mask = get_mask(get_fish_model(model, config.model_copy(update={"num_trainable": 800})))
+    mask = get_mask(get_fish_model(model, config))
     recorded = {key: mask.provenance[key] for key in FishConfig.model_fields}
-    assert FishConfig(**recorded) == config.model_copy(update={"num_trainable": 800})
+    assert FishConfig(**recorded) == config
 
 
 def test_provenance_is_saved(tmp_path):
@@ -205,37 +197,6 @@ def test_provenance_is_saved(tmp_path):
     provenance = FishMask.from_pretrained(tmp_path).provenance
     assert (provenance["keep_ratio"], provenance["seed"]) == (0.25, 7)
     assert provenance["criterion"] == "fisher"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"keep_ratio": 0.5, "keep_rato": 0.5}, r"keep_rato\s+Extra inputs are not permitted"),
-        ({}, "exactly one of keep_ratio and num_trainable"),
-        ({"keep_ratio": 0.5, "num_trainable": 5}, "exactly one of keep_ratio and num_trainable"),
-        ({"keep_ratio": 0.0}, r"keep_ratio\s+Input should be greater than 0"),
-        ({"keep_ratio": 1.01}, r"keep_ratio\s+Input should be less than or equal to 1"),
-        ({"keep_ratio": float("nan")}, r"keep_ratio\s+Input should be"),
-        ({"num_trainable": 0}, r"num_trainable\s+Input should be greater than or equal to 1"),
-        ({"num_trainable": 2.5}, r"num_trainable\s+Input should be a valid integer"),
-        ({"keep_ratio": 0.5, "scope": "layer"}, r"scope\s+Input should be 'global'"),
-        ({"keep_ratio": 0.5, "criterion": "best"}, r"criterion\s+Input should be 'fisher'"),
-        ({"keep_ratio": 0.5, "estimator": "none"}, r"estimator\s+Input should be 'empirical'"),
-        ({"keep_ratio": 0.5, "num_samples": 0}, r"num_samples\s+Input should be greater"),
-        ({"keep_ratio": 0.5, "names_to_exclude": "head"}, r"names_to_exclude\s+Input should be"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, message):
-    """Guards against settings that are ignored or fail only after the scoring."""
-    with pytest.raises(ValidationError, match=message):
-        FishConfig(**settings)
-
-
-def test_config_is_frozen():
-    """Guards against a config that changes after the mask has recorded it."""
-    config = FishConfig(keep_ratio=0.5)
-    with pytest.raises(ValidationError, match="frozen"):
-        config.keep_ratio = 0.1
 
 
 @pytest.mark.parametrize(
