@@ -42,7 +42,7 @@ def test_adapter(folder):
     assert table["selected"] == [f"{selected:,}", f"{4 * selected:,}"]
     assert table["mask, names, configs"] == [f"{size - 4 * selected:,}"]
     assert table["frozen, drawn from the seed"][1] == table["frozen, one constant"][1] == "0"
-    assert "frozen, stored whole" not in table
+    assert "frozen, stored" not in table
 
     result = invoke("unpack", file, folder / "again")
     assert result.exit_code == 0, result.output
@@ -58,7 +58,7 @@ def test_base_model_named(folder):
     before = listing(folder)
     result = invoke("unpack", folder / "packed", folder / "again")
     assert result.exit_code == 2
-    assert "cannot be had" in result.stderr and "--base" in result.stderr
+    assert "cannot be loaded" in result.stderr and "--base" in result.stderr
     assert listing(folder) == before
     result = invoke("unpack", folder / "packed", folder / "again", "--base", folder / "elsewhere")
     assert result.exit_code == 0, result.output
@@ -84,7 +84,7 @@ def test_what_is_stored_whole_is_said(folder):
     """Guards a file that is larger than it need be, without a word."""
     result = invoke("pack", folder / "adapter", folder / "packed")
     assert result.exit_code == 0, result.output
-    [count, size] = rows(result.stdout)["frozen, stored whole"]
+    [count, size] = rows(result.stdout)["frozen, stored"]
     assert f"note: {count} frozen entries ({size} bytes) of 6 tensors are stored" in result.stderr
 
 

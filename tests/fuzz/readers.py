@@ -28,8 +28,8 @@ from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import read_results, write_json
 from fish_tuning.mask.files import BITS_FILE, JSON_FILE
 from fish_tuning.packing import pack
-from fish_tuning.packing.folders import _contents
 from fish_tuning.packing.packed_file import FORMAT, PackedFile
+from fish_tuning.packing.read import unpacked_files
 from tests.experiments.sweep_sample import make_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -330,7 +330,7 @@ def _check_packed(content: bytes) -> None:
     path = Path("some/packed")
     try:
         packed = PackedFile.from_bytes(content, path)
-        files = _contents(packed, path, _packed()[2], None)
+        files = unpacked_files(packed, path, _packed()[2], None)
     except ValueError as error:
         assert str(path) in str(error)
         return

@@ -26,17 +26,17 @@ Base = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Folder or hub id of the base model (its config); by default what the adapter names.",
+        help="Folder or hub id of the base model; by default, the one that the adapter names.",
         show_default=False,
     ),
 ]
 
-_WORDS = {
+_ROW_NAMES = {
     "selected": "selected",
     "constant": "frozen, one constant",
     "seed": "frozen, drawn from the seed",
     "start": "frozen, as in the start",
-    "stored": "frozen, stored whole",
+    "stored": "frozen, stored",
 }
 
 
@@ -53,14 +53,14 @@ def pack(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="What torch was seeded with right before the adapter was added.",
+            help="The seed that torch had right before the adapter was added.",
             show_default=False,
         ),
     ] = None,
     start: Start = None,
     base: Base = None,
 ) -> None:
-    """Pack an adapter into its trained values, a bit mask and how to rebuild the rest."""
+    """Pack an adapter into its trained values, a bit mask and how to rebuild everything else."""
     with user_errors():
         quiet_libraries()
 
@@ -92,7 +92,7 @@ def unpack(
     start: Start = None,
     base: Base = None,
 ) -> None:
-    """Write the folder that was packed, bit for bit."""
+    """Write the folder that was packed, with exactly the same bytes."""
     with user_errors():
         quiet_libraries()
 
@@ -111,9 +111,9 @@ def _table(report: PackReport) -> Table:
     table = Table("entries", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("count", "bytes"):
         table.add_column(column, justify="right")
-    for kind, words in _WORDS.items():
+    for kind, name in _ROW_NAMES.items():
         if report.entries[kind]:
-            table.add_row(words, f"{report.entries[kind]:,}", f"{report.sizes.get(kind, 0):,}")
-    rest = report.packed_bytes - sum(report.sizes.values())
-    table.add_row("mask, names, configs", "", f"{rest:,}")
+            table.add_row(name, f"{report.entries[kind]:,}", f"{report.sizes.get(kind, 0):,}")
+    other = report.packed_bytes - sum(report.sizes.values())
+    table.add_row("mask, names, configs", "", f"{other:,}")
     return table

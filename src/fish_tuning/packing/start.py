@@ -1,4 +1,4 @@
-"""What an adapter's tensors were before training: read from files, or drawn from a seed again."""
+"""The tensors before training: read from files, or drawn from a seed again."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from fish_tuning.packing.packed_file import TextName
 
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -22,12 +24,17 @@ _AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 
+Start: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
+ModelOrName: TypeAlias = str | os.PathLike[str] | nn.Module
+
+ADAPTER_CONFIG: TextName = "adapter_config.json"
+
 VERSIONED = ("torch", "peft", "transformers")
-"""The packages that decide what a seed gives."""
+"""The packages that determine which numbers a seed draws."""
 
 
-def read_start(start: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of all safetensors files in a folder; a mapping is taken as it is.
+def read_start(start: Start) -> Mapping[str, Tensor]:
+    """Read all safetensors files in a folder; a mapping of tensors is returned as it is.
 
     Raises:
         FileNotFoundError: The folder holds no such file.
@@ -46,24 +53,23 @@ def read_start(start: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[
         try:
             tensors |= safetensors.torch.load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+            raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
     return tensors
 
 
-def draw_start(
-    adapter_config: str, seed: int, base_model: str | os.PathLike[str] | nn.Module | None
-) -> dict[str, Tensor]:
-    """A new adapter, as PEFT makes it on the CPU right after `torch.manual_seed(seed)`.
+def draw_start(adapter_config: str, seed: int, base_model: ModelOrName | None) -> dict[str, Tensor]:
+    """Draw a new adapter, as PEFT does on the CPU right after `torch.manual_seed(seed)`.
 
-    The base model's weights are neither loaded nor touched: they are zeros here, so that only what
-    hangs on the random numbers alone comes out as it was. What PEFT computes from the weights, such
-    as DoRA's magnitudes, would differ between machines in the last bit.
+    The base model's weights are neither loaded nor changed. They are replaced by zeros, so only
+    tensors that depend on nothing but the random numbers come out as they were. Tensors that PEFT
+    computes from the weights, such as DoRA's magnitudes, would differ between machines in the last
+    bit anyway.
 
     Args:
         adapter_config: The text of adapter_config.json.
         seed: The seed.
-        base_model: A transformers model, or the folder or hub id of one, of which only the config
-            is read; by default the one that the adapter's config names.
+        base_model: A transformers model, or its folder or hub id, of which only the config is
+            read. Default: the one that the adapter's config names.
 
     Returns:
         The tensors by the names that PEFT saves them under, in float32 on the CPU.
@@ -77,22 +83,22 @@ def draw_start(
     try:
         settings = dict(json.loads(adapter_config))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"adapter_config.json is no JSON object ({error})") from error
+        raise ValueError(f"adapter_config.json is not a JSON object ({error})") from error
     if base_model is None:
         base_model = settings.get("base_model_name_or_path")
     base = _skeleton(base_model, settings)
     before = torch.get_rng_state()
     try:
-        # PEFT warns where the base model has another name now.
+        # PEFT warns if the base model now has another name.
         nameless = {**settings, "base_model_name_or_path": None}
         config = PeftConfig.from_peft_type(**nameless)  # type: ignore[no-untyped-call]
-        # torch.manual_seed would seed accelerators too, whose state is not put back.
+        # torch.manual_seed would also seed accelerators, whose state is not restored here.
         torch.default_generator.manual_seed(seed)
         with torch.device("cpu"):
             adapted = get_peft_model(base, config)
-        # PEFT would ask the hub whether the vocabulary was resized.
+        # Otherwise PEFT asks the hub whether the vocabulary was resized.
         return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    # PEFT's methods share no base class for what they raise over a config or a model.
+    # PEFT's methods have no common base class for errors over a config or a model.
     except Exception as error:
         raise ValueError(
             f"the adapter cannot be built on its base model to draw its start ({error}): name the "
@@ -103,7 +109,7 @@ def draw_start(
 
 
 def _skeleton(base_model: Any, settings: Mapping[str, Any]) -> nn.Module:
-    """A model of the same modules and shapes, all of its numbers 0, that takes no memory."""
+    """Build a model of the same modules and shapes, of zeros that take no memory."""
     import transformers
 
     if isinstance(base_model, nn.Module):
@@ -118,16 +124,16 @@ def _skeleton(base_model: Any, settings: Mapping[str, Any]) -> nn.Module:
             model: nn.Module = family(copy.deepcopy(base_model.config))
     else:
         try:
-            # The name may come from a file nobody vouches for: no code of that model's is run.
+            # The name may come from a stranger's file, so the model's own code is never run.
             config = transformers.AutoConfig.from_pretrained(base_model, trust_remote_code=False)
             with torch.device("meta"):
                 model = _from_config(config, settings)
-        # Clients of the hub, configs and model classes share no base class for what they raise.
+        # Hub clients, configs and model classes have no common base class for their errors.
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"the adapter's base model {str(base_model)!r} is needed to draw its start, and "
-                f"cannot be had ({reason}): name the base model (base_model=, --base)"
+                f"the adapter's base model {str(base_model)!r} is needed to draw its start, but "
+                f"cannot be loaded ({reason}): name the base model (base_model=, --base)"
             ) from error
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -142,7 +148,7 @@ def _skeleton(base_model: Any, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_config(config: Any, settings: Mapping[str, Any]) -> nn.Module:
-    """The model class that the adapter's config tells, by task or by PEFT's record of it."""
+    """Build the class that the adapter's config names, by PEFT's record of it or by its task."""
     import transformers
 
     named = (settings.get("auto_mapping") or {}).get("base_model_class")
