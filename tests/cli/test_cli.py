@@ -303,13 +303,13 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, outcome) -> list[tuple]:
     """Put a runner in place that does what `outcome` does."""
     calls = []
 
-    def run_experiment(config, *, name, ray_cpus):
-        calls.append((config, name, ray_cpus))
+    def run_checked(checked, *, name, ray_cpus):
+        calls.append((checked.config, name, ray_cpus))
         return outcome()
 
-    module = types.ModuleType("fish_tuning.experiments.runs.run")
-    vars(module)["run_experiment"] = run_experiment
-    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.runs.run", module)
+    module = types.ModuleType("fish_tuning.experiments.runs.sweep")
+    vars(module)["run_checked"] = run_checked
+    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.runs.sweep", module)
     return calls
 
 

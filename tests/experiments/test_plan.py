@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from fish_tuning.cli import main
 from fish_tuning.experiments.config.load import ConfigError, load_config
-from fish_tuning.experiments.plan import PlannedArm, optimizer_steps, plan
+from fish_tuning.experiments.plan import PlannedArm, optimizer_steps, plan_experiment
+from fish_tuning.experiments.runs.preflight import check_experiment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted((CONFIGS / "experiments").glob("*.yaml"))
@@ -102,6 +103,10 @@ def test_shipped_files(path, tmp_path, monkeypatch, no_network):
     assert rows.pop("Original LoRA") == f"{lora:,}"
     assert set(rows.values()) == {f"{count:,}" for count in masked}
     assert os.listdir(tmp_path) == ["model"]
+
+
+def plan(config):
+    return plan_experiment(check_experiment(config, to_train=False))
 
 
 def written(folder: Path, text: str) -> Path:

@@ -7,14 +7,12 @@ def plan(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Show budgets, trainable counts and steps, without weights and without training."""
     with user_errors():
         from fish_tuning.experiments.config.load import load_config
-        from fish_tuning.experiments.models.find import check_model
-        from fish_tuning.experiments.runs.preflight import check_training_args
+        from fish_tuning.experiments.runs.preflight import check_experiment
 
         config = load_config(config_file, overrides or [])
         quiet_libraries()
-        check_training_args(config)
-        check_model(config.model.name)
+        checked = check_experiment(config, to_train=False)
 
-        from fish_tuning.experiments.plan import plan as plan_experiment
+        from fish_tuning.experiments.plan import plan_experiment
 
-        stdout().print(plan_experiment(config))
+        stdout().print(plan_experiment(checked))

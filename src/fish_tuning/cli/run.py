@@ -25,8 +25,8 @@ from fish_tuning.cli.terminal import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fish_tuning.experiments.config.schema import ExperimentConfig
     from fish_tuning.experiments.results import Results
+    from fish_tuning.experiments.runs.preflight import CheckedExperiment
 
 
 def run(
@@ -59,11 +59,11 @@ def run(
     try:
         with user_errors():
             _check_ray(ray, cpus_per_run, num_processes)
-            config = _checked(config_file, overrides or [])
+            checked = _checked(config_file, overrides or [])
             if num_processes > 1:
                 _launch(words, num_processes)
             else:
-                _run(config, config_file.stem, (cpus_per_run or 1) if ray else None)
+                _run(checked, config_file.stem, (cpus_per_run or 1) if ray else None)
     except KeyboardInterrupt:
         if num_processes > 1:
             words += ["--num-processes", str(num_processes)]
@@ -92,16 +92,14 @@ def _check_ray(ray: bool, cpus_per_run: int | None, num_processes: int) -> None:
         raise ModuleNotFoundError("ray is not installed; run: pip install 'fish-tuning[ray]'")
 
 
-def _checked(config_file: Path, overrides: list[str]) -> ExperimentConfig:
+def _checked(config_file: Path, overrides: list[str]) -> CheckedExperiment:
+    """Load the config and check what can be checked without importing torch."""
     from fish_tuning.experiments.config.load import load_config
-    from fish_tuning.experiments.runs.preflight import check_before_run, check_local_data
+    from fish_tuning.experiments.runs.preflight import check_experiment
 
     config = load_config(config_file, overrides)
     quiet_libraries()
-    # The runner checks all of this too, seconds later: importing it imports torch.
-    check_before_run(config)
-    check_local_data(config)
-    return config
+    return check_experiment(config)
 
 
 def _launch(words: list[str], num_processes: int) -> None:
@@ -124,17 +122,17 @@ def _launch(words: list[str], num_processes: int) -> None:
         raise KeyboardInterrupt from None
 
 
-def _run(config: ExperimentConfig, name: str, ray_cpus: int | None) -> None:
+def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     from fish_tuning.experiments.report.write import write_report
     from fish_tuning.experiments.runs import processes
-    from fish_tuning.experiments.runs.run import run_experiment
+    from fish_tuning.experiments.runs.sweep import run_checked
 
-    results = run_experiment(config, name=name, ray_cpus=ray_cpus)
+    results = run_checked(checked, name=name, ray_cpus=ray_cpus)
     main = processes.is_main()
     processes.end()
     if not main:
         return
-    paths = write_report(results, Path(config.training.output_dir))
+    paths = write_report(results, Path(checked.config.training.output_dir))
     stdout().print(_table(results))
     for path in paths:
         stdout().print(str(path), markup=False, soft_wrap=True)

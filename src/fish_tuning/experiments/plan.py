@@ -1,4 +1,4 @@
-"""What an experiment is going to do: budgets, exact counts, steps. No weights, no training."""
+"""What an experiment would do: budgets, exact counts, steps. No weights, no training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 
 from fish_tuning.experiments.arms import searched
-from fish_tuning.experiments.config.schema import ORIGINAL_LORA, ExperimentConfig
-from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.config.schema import ORIGINAL_LORA
 from fish_tuning.experiments.models.counts import count_parameters
+from fish_tuning.experiments.runs.preflight import CheckedExperiment
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class PlannedArm:
     """One arm at one budget.
 
     Attributes:
-        name: As in the results.
-        ratio: Budget as a fraction of the baseline; None where there is no budget.
-        trainable: Parameters it trains, head included.
-        total: All parameters, adapter and head included.
+        name: Name in the results.
+        ratio: Budget as a fraction of the baseline's count; None for arms without a budget.
+        trainable: Number of trainable parameters, head included.
+        total: Number of all parameters, adapter and head included.
     """
 
     name: str
@@ -35,20 +35,21 @@ class PlannedArm:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an experiment is going to do.
+class ExperimentPlan:
+    """What an experiment would do.
 
     Attributes:
         model: Name of the model.
-        num_labels: The model's outputs.
+        num_labels: Number of the model's outputs.
         arms: Every arm at every budget.
-        seeds: Each arm runs once with each.
-        search_runs: Runs that choose the learning rates before.
-        train_examples: Training examples; None if they cannot be counted here.
-        at_most: Whether that number is only a bound.
-        examples_note: Why they cannot be counted, if so.
-        steps: Optimizer steps of a run on one device; None if that takes their number.
-        output_dir: Where results are written.
+        seeds: Each arm runs once with each seed.
+        search_runs: Number of runs that choose the learning rates first.
+        train_examples: Number of training examples; None if unknown.
+        at_most: Whether that number is only an upper bound.
+        examples_note: Why the number is unknown, if it is.
+        steps: Optimizer steps per run on one device; None if they depend on an unknown number of
+            examples.
+        output_dir: Folder of the results.
     """
 
     model: str
@@ -64,11 +65,11 @@ class Plan:
 
     @property
     def num_runs(self) -> int:
-        """Number of trainings, those of a search for learning rates included."""
+        """Number of runs, those of a search for learning rates included."""
         return len(self.arms) * len(self.seeds) + self.search_runs
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the plan as a list of facts and a table of the arms."""
+        """Render a list of facts and a table of the arms."""
         yield self._rendered()
 
     def _rendered(self) -> RenderableType:
@@ -107,68 +108,45 @@ class Plan:
         yield "results", self.output_dir
 
 
-def plan(config: ExperimentConfig) -> Plan:
-    """Work out what an experiment is going to do, from the model's config.json alone.
-
-    The data is read where it is local. Data of the hub is read only if the number of labels is
-    not known without it.
+def plan_experiment(checked: CheckedExperiment) -> ExperimentPlan:
+    """Work out what an experiment would do, from the model's config.json alone.
 
     Args:
-        config: The experiment.
+        checked: The experiment, from `check_experiment(config, to_train=False)`.
 
     Raises:
-        ConfigError: If the model's config cannot be had, modules to adapt are not in the model, a
-            budget cannot be met, or the number of labels is not known and the data not readable.
+        ConfigError: The model's config cannot be loaded, the modules to adapt are not in the
+            model, or a budget cannot be met.
     """
-    num_labels, examples, note = _data(config)
-    at_most = False
-    if examples is None and config.dataset.max_train_samples is not None:
-        examples, at_most = config.dataset.max_train_samples, True
-    steps = optimizer_steps(config.training_args, examples)
+    config, data = checked.config, checked.data
+    num_labels = config.dataset.known_num_labels if data is None else data.num_labels
+    examples = config.dataset.max_train_samples if data is None else len(data.train)
+    assert num_labels is not None
     counts = count_parameters(config, num_labels)
-    return Plan(
+    source = "the hub" if config.dataset.load_args else "the installed packages"
+    return ExperimentPlan(
         model=config.model.name,
         num_labels=num_labels,
         arms=tuple(PlannedArm(*arm, count.trainable, count.total) for arm, count in counts.items()),
         seeds=tuple(config.seeds),
         search_runs=len(searched(config)),
         train_examples=examples,
-        at_most=at_most,
-        examples_note=note,
-        steps=steps,
+        at_most=data is None and examples is not None,
+        examples_note=checked.data_problem or f"the data of {source} is not read for a plan",
+        steps=optimizer_steps(config.training_args, examples),
         output_dir=config.training.output_dir,
     )
 
 
-def _data(config: ExperimentConfig) -> tuple[int, int | None, str]:
-    """Return the number of labels, that of training examples, and why there is none."""
-    known = config.dataset.known_num_labels
-    if known is not None and config.dataset.path is None:
-        source = "the hub" if config.dataset.load_args else "the installed packages"
-        return known, None, f"the data of {source} is not read for a plan"
-
-    from fish_tuning.experiments.data.load import load_data
-
-    try:
-        data = load_data(config.dataset)
-    except ConfigError as error:
-        if known is None:
-            raise ConfigError(
-                [*error.problems, "dataset.num_labels: is not given; with it, no data is needed"]
-            ) from error
-        return known, None, str(error)
-    return data.num_labels, len(data.train), ""
-
-
 def optimizer_steps(args: Mapping[str, Any], examples: int | None) -> int | None:
-    """Count the optimizer steps of a training on one device, as transformers' Trainer does.
+    """Count the optimizer steps of a run on one device, as transformers' Trainer does.
 
     Args:
         args: Training arguments.
-        examples: Number of training examples; None if not known.
+        examples: Number of training examples; None if unknown.
 
     Returns:
-        The steps; None if they depend on the number of examples and that is not known.
+        The steps; None if they depend on the number of examples and that is unknown.
     """
     max_steps: int = args.get("max_steps", -1)
     if max_steps > 0:

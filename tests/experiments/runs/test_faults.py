@@ -21,10 +21,9 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import RUN_FILE, read_results
-from fish_tuning.experiments.runs import run as run_module
-from fish_tuning.experiments.runs import training
+from fish_tuning.experiments.runs import engine, record, training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
-from fish_tuning.experiments.runs.run import run_experiment
+from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.runs.test_run import FEW_ARMS, comparable, weights
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 from tests.fuzz.readers import altered, damaged
@@ -349,7 +348,7 @@ def _hold(folder, config, holding):
         holding.set()
         time.sleep(60)
 
-    run_module.carry_out = wait
+    engine.carry_out = wait
     os.chdir(folder)
     run_experiment(config, name="e")
 
@@ -383,7 +382,7 @@ def test_what_a_link_leads_to_stays(tmp_path):
     precious.write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    training.discard_temporary(tmp_path / "run")
+    record.discard_temporary(tmp_path / "run")
     assert precious.read_text() == "mine"
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "checkpoint-4").symlink_to(precious.parent)

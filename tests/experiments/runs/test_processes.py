@@ -20,7 +20,7 @@ from fish_tuning.experiments.results import RESULTS_FILE, read_results
 from fish_tuning.experiments.runs import processes, training
 from fish_tuning.experiments.runs.checkpoints import newest_complete
 from fish_tuning.experiments.runs.measurements import CountError
-from fish_tuning.experiments.runs.run import run_experiment
+from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 from tests.processes import in_processes
 

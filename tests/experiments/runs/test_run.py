@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from fish_tuning import FishMask
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models.counts import ParameterCounts
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
-from fish_tuning.experiments.runs import run as run_module
-from fish_tuning.experiments.runs import training
-from fish_tuning.experiments.runs.run import run_experiment
+from fish_tuning.experiments.runs import prepare, training
+from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
 
 TIMES = {"train_seconds", "score_seconds", "peak_memory_bytes", "started_at", "finished_at"}
@@ -222,15 +222,15 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(files, tmp_path, 
 def test_a_wrong_count_fails_the_run(files, tmp_path, monkeypatch):
     """Guards the promise that a finished run trained its budget to the unit."""
     config = experiment(*files, tmp_path, **FEW_ARMS)
-    genuine = run_module.count_parameters
+    genuine = prepare.count_parameters
 
     def one_more(*args):
         counts = genuine(*args)
         key = "Original LoRA", None
-        counts[key] = training.ParameterCounts(counts[key].trainable + 1, counts[key].total)
+        counts[key] = ParameterCounts(counts[key].trainable + 1, counts[key].total)
         return counts
 
-    monkeypatch.setattr(run_module, "count_parameters", one_more)
+    monkeypatch.setattr(prepare, "count_parameters", one_more)
     results = run_experiment(config, name="e")
     assert [run.status for run in results.runs] == ["failed", "finished"]
     assert "holds 418 scalars where the budget is 419" in results.runs[0].error
@@ -401,7 +401,7 @@ def _killed_until_done(context, folder, config, kills, seconds, draw):
 
 def _compare_with_undisturbed(tmp_path, config, kills):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fish_tuning.experiments.runs.run"])
+    context.set_forkserver_preload(["fish_tuning.experiments.runs.sweep"])
     draw = random.Random(os.getpid())
     _killed_until_done(context, tmp_path / "warm", config, 0, 0, draw)
     began = time.monotonic()

@@ -9,11 +9,12 @@ from pydantic import ValidationError
 from fish_tuning.experiments.arms import planned, searched
 from fish_tuning.experiments.data.load import hold_out
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.plan import plan
+from fish_tuning.experiments.plan import plan_experiment
 from fish_tuning.experiments.report.write import markdown_report
 from fish_tuning.experiments.results import Run
-from fish_tuning.experiments.runs.run import run_experiment
+from fish_tuning.experiments.runs.preflight import check_experiment
 from fish_tuning.experiments.runs.search import chosen_learning_rates
+from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
@@ -98,7 +99,7 @@ def test_a_sweep_searches_first(sweep):
     assert {(run.arm, None): run.learning_rate for run in results.runs} == {
         (arm, None): value for (arm, _), value in best.items()
     }
-    assert plan(config).num_runs == 8 + 2
+    assert plan_experiment(check_experiment(config)).num_runs == 8 + 2
 
 
 def test_a_searched_run_is_that_of_its_learning_rate(sweep, files, tmp_path):

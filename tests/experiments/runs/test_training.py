@@ -7,6 +7,8 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.data.load import load_data
 from fish_tuning.experiments.models.load import load_tokenizer
 from fish_tuning.experiments.runs import training
+from fish_tuning.experiments.runs.arguments import training_arguments
+from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 ALL_ARMS = [
@@ -25,7 +27,7 @@ def test_all_arms_of_a_seed_start_alike(tmp_path):
     config = experiment(
         model, data, tmp_path, fish_tuning={"methods_to_run": ALL_ARMS}, seeds=[1, 2]
     )
-    task = training.Task(
+    prepared = PreparedExperiment(
         config=config,
         data=load_data(config.dataset),
         train=Dataset.from_dict({"labels": [0]}),
@@ -36,9 +38,9 @@ def test_all_arms_of_a_seed_start_alike(tmp_path):
     )
     starts = {}
     for arm in planned(config):
-        args = training.training_arguments(config, tmp_path, arm.seed)
+        args = training_arguments(config, tmp_path, arm.seed)
         torch.manual_seed(len(starts))
-        model, names = training.start_of(arm, task, args)
+        model, names = training.start_of(arm, prepared, args)
         starts[arm.name, arm.seed] = training.snapshot(model, names)
     fish = starts["LoRA-FISH", 1]
     assert any("lora_A" in name for name in fish)

@@ -1,12 +1,13 @@
-"""Find out whether a model exists, without importing torch."""
+"""Find out whether a model can be loaded, without importing torch."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
-from fish_tuning.experiments.config.schema import MINILM
+from fish_tuning.experiments.config.schema import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -91,3 +92,16 @@ def _check_hub(name: str) -> None:
             f"model.name: there is no folder {name!r}, and the hub cannot be asked for it "
             f"({reason}); {remedy}"
         ) from None
+
+
+def check_quantization(config: ModelConfig) -> None:
+    """Check that the package that quantizes weights is installed, if the config asks for it.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization: {config.quantization!r} needs bitsandbytes, which is not "
+            "installed; run: pip install 'fish-tuning[quantization]', or set it to null"
+        )

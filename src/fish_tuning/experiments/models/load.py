@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from transformers import (
 
 from fish_tuning.experiments.config.schema import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models.find import check_model
+from fish_tuning.experiments.models.find import check_model, check_quantization
 from fish_tuning.experiments.models.minilm import minilm_path
 
 if TYPE_CHECKING:
@@ -227,11 +226,7 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
     """
     if config.quantization is None:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"model.quantization: {config.quantization!r} needs bitsandbytes, which is not "
-            "installed; run: pip install 'fish-tuning[quantization]', or set it to null"
-        )
+    check_quantization(config)
     bits: dict[str, Any] = {"load_in_8bit": True}
     if config.quantization == "4bit":
         bits = {

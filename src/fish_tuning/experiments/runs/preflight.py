@@ -1,49 +1,92 @@
-"""What can be told to be wrong before the slow imports and before anything is written."""
+"""Everything that can be checked, and read, before torch is imported and anything is written."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fish_tuning.experiments.config.load import check_output_dir
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models.find import check_model
+from fish_tuning.experiments.models.find import check_model, check_quantization
+
+if TYPE_CHECKING:
+    from fish_tuning.experiments.data.load import TaskData
 
 
-def check_before_run(config: ExperimentConfig) -> None:
-    """Check output folder, training arguments and model, as far as that takes no model.
+@dataclass(frozen=True)
+class CheckedExperiment:
+    """An experiment that passed the preflight, with the data that was read on the way.
+
+    Attributes:
+        config: The experiment's config.
+        data: The examples; None if they have not been read. For a training, local files have been
+            read. For a plan, whatever has to be read to learn the number of labels.
+        data_problem: What is wrong with local files that a plan can do without.
+    """
+
+    config: ExperimentConfig
+    data: TaskData | None
+    data_problem: str = ""
+
+
+def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> CheckedExperiment:
+    """Check an experiment, and read its data if the files are local.
+
+    Args:
+        config: The experiment.
+        to_train: Whether to check also what only training needs: weights, an output folder,
+            bitsandbytes, and data without mistakes. A plan needs data only to learn the number of
+            labels.
 
     Raises:
-        ConfigError: At the first thing that is missing or does not fit.
+        ConfigError: With every problem found. Data is read only if there is no other problem.
+        ModuleNotFoundError: The packages of the extra `experiments` are not installed.
     """
-    check_output_dir(config.training.output_dir)
-    check_training_args(config)
-    check_model(config.model.name, weights=True)
-    if config.model.quantization and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"model.quantization: {config.model.quantization!r} needs bitsandbytes, which is not "
-            "installed; run: pip install 'fish-tuning[quantization]', or set it to null"
-        )
+    problems: list[str] = []
+    if to_train:
+        with _collected(problems):
+            check_output_dir(config.training.output_dir)
+        with _collected(problems):
+            check_quantization(config.model)
+    with _collected(problems):
+        check_training_args(config)
+    with _collected(problems):
+        check_model(config.model.name, weights=to_train)
+    if problems:
+        raise ConfigError(problems)
+    labels_known = config.dataset.known_num_labels is not None
+    if config.dataset.path is None and (to_train or labels_known):
+        return CheckedExperiment(config, None)
 
-
-def check_local_data(config: ExperimentConfig) -> None:
-    """Check local data by loading it: without torch, so that mistakes in it are told at once.
-
-    Raises:
-        ConfigError: As in `load_data`.
-        ModuleNotFoundError: If the packages of the extra `experiments` are not installed.
-    """
     from fish_tuning.experiments.data.load import load_data
 
-    if config.dataset.path is not None:
-        load_data(config.dataset)
+    try:
+        return CheckedExperiment(config, load_data(config.dataset))
+    except ConfigError as error:
+        if to_train:
+            raise
+        if not labels_known:
+            hint = "dataset.num_labels: is not given; with it, no data is needed"
+            raise ConfigError([*error.problems, hint]) from error
+        return CheckedExperiment(config, None, str(error))
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
 
 
 def check_training_args(config: ExperimentConfig) -> None:
-    """Check the conflicts among training arguments that transformers finds only when it builds.
+    """Find conflicting training arguments, which transformers itself finds only much later.
 
     Raises:
-        ConfigError: If the best model cannot be kept because saving and evaluation differ.
+        ConfigError: Saving and evaluation differ, so that the best model could not be kept.
     """
     args = config.training_args
     strategies = {
@@ -76,6 +119,7 @@ def check_training_args(config: ExperimentConfig) -> None:
 
 
 def _path(config: ExperimentConfig, name: str) -> str:
+    """Where the config sets a training argument."""
     section = (
         "training.args_override" if name in config.training.args_override else "base_training.args"
     )

@@ -1,0 +1,94 @@
+"""The transformers.TrainingArguments of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.metrics import greater_is_better, main_metric
+
+
+def training_arguments(
+    config: ExperimentConfig,
+    folder: Path,
+    seed: int,
+    metrics: Sequence[str] = ("loss",),
+    **changes: Any,
+) -> TrainingArguments:
+    """Build the training arguments of a run.
+
+    Args:
+        config: The experiment.
+        folder: Folder of the run's checkpoints.
+        seed: The run's seed.
+        metrics: Metrics computed at evaluations, the main metric first.
+        **changes: Arguments that replace the experiment's.
+
+    Raises:
+        ConfigError: transformers refuses the arguments, or the best model is to be chosen by a
+            metric that is not computed.
+    """
+    args = dict(config.training_args)
+    if "logging_steps" not in args and (
+        "eval_steps" in args or args.get("eval_strategy") != "steps"
+    ):
+        # Many fine-tunings are shorter than transformers' default of 500 steps. That number is
+        # also the default of eval_steps, which must not change.
+        args["logging_steps"] = 10
+    args["metric_for_best_model"], args["greater_is_better"] = best_by(config, metrics)
+    args.setdefault("report_to", "none")
+    args.setdefault("save_total_limit", 2)
+    args.setdefault("log_level_replica", "error")
+    # Meant for losses averaged over the tokens of a batch. It would multiply the loss of a
+    # classifier by the number of processes.
+    args.setdefault("average_tokens_across_devices", False)
+    args.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    # Otherwise transformers takes bf16 as a request for an accelerator.
+    args.setdefault("use_cpu", not torch.accelerator.is_available())
+    args |= {
+        "output_dir": str(folder.absolute()),
+        "seed": seed,
+        "data_seed": seed,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        **changes,
+    }
+    try:
+        return TrainingArguments(**args)
+    # Its checks raise many kinds of errors, some of them from torch and accelerate.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"base_training.args, training.args_override: transformers refuses them: {reason}; "
+            "correct the argument"
+        ) from error
+
+
+def best_by(config: ExperimentConfig, metrics: Sequence[str]) -> tuple[str, bool]:
+    """How models are compared: by `metric_for_best_model`, and whether greater is better.
+
+    Args:
+        config: The experiment.
+        metrics: Metrics computed at evaluations, the main metric first.
+
+    Raises:
+        ConfigError: That metric is not computed.
+    """
+    args = config.training_args
+    chosen = args.get("metric_for_best_model", main_metric(metrics))
+    name = str(chosen).removeprefix("eval_")
+    if name not in (*metrics, "loss"):
+        raise ConfigError(
+            f"base_training.args.metric_for_best_model: {chosen!r} is not computed; use one of "
+            f"{', '.join((*metrics, 'loss'))}"
+        )
+    greater = args.get("greater_is_better")
+    if greater is None:
+        greater = name != "loss" and greater_is_better(name)
+    return chosen, greater

@@ -1,0 +1,90 @@
+"""From a checked experiment to all that its runs share: examples as tokens, tokenizer, counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from fish_tuning.experiments.arms import ArmKey
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.data.load import TaskData, hold_out, load_data, tokenize
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.metrics import KNOWN_METRICS
+from fish_tuning.experiments.models.counts import ParameterCounts, count_parameters
+from fish_tuning.experiments.models.load import load_tokenizer
+from fish_tuning.experiments.runs import environment
+from fish_tuning.experiments.runs.arguments import best_by, training_arguments
+from fish_tuning.experiments.runs.preflight import CheckedExperiment
+
+
+@dataclass(frozen=True)
+class PreparedExperiment:
+    """What all runs of an experiment share.
+
+    Attributes:
+        config: The experiment's config.
+        data: The task, and its examples as text.
+        train: Tokenized training examples.
+        validation: Tokenized validation examples.
+        tokenizer: The model's tokenizer.
+        counts: Parameters of each arm at each budget.
+        commit: Git commit of the working folder.
+    """
+
+    config: ExperimentConfig
+    data: TaskData
+    train: Dataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    counts: Mapping[ArmKey, ParameterCounts]
+    commit: str | None
+
+    def holding_out(self, size: int) -> PreparedExperiment:
+        """The same experiment, evaluated on training examples that it does not train on."""
+        train, held_out = hold_out(self.train, "labels", size, self.data.task)
+        return replace(self, train=train, validation=held_out)
+
+    @property
+    def collate(self) -> DataCollatorWithPadding:
+        """Pads the examples of a batch to the longest of them."""
+        return DataCollatorWithPadding(self.tokenizer)
+
+
+def prepare(checked: CheckedExperiment) -> PreparedExperiment:
+    """Check the rest of an experiment, without loading weights, and make its examples ready.
+
+    Raises:
+        ConfigError: Something in the config, the model or the data is wrong.
+    """
+    config = checked.config
+    folder, seed = Path(config.training.output_dir), config.seeds[0]
+    training_arguments(config, folder, seed, tuple(KNOWN_METRICS))
+    tokenizer = load_tokenizer(config.model, config.training.max_seq_length)
+    data = checked.data
+    num_labels = config.dataset.known_num_labels if data is None else data.num_labels
+    # If possible before a download: a wrong budget or target module shows here.
+    counts = None if num_labels is None else count_parameters(config, num_labels)
+    data = data or load_data(config.dataset)
+    if counts is None or data.num_labels != num_labels:
+        counts = count_parameters(config, data.num_labels)
+    best_by(config, data.metrics)
+    search = config.learning_rate_search
+    if search is not None and search.held_out >= len(data.train):
+        raise ConfigError(
+            f"learning_rate_search.held_out: {search.held_out:,} of {len(data.train):,} training "
+            "examples leave none to train on; hold out fewer"
+        )
+    train, validation = tokenize(data, tokenizer, config.training.max_seq_length)
+    return PreparedExperiment(
+        config=config,
+        data=data,
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        counts=counts,
+        commit=environment.commit(),
+    )
