@@ -1,5 +1,6 @@
 """Models and tokenizers as a config names them."""
 
+import importlib.util
 import time
 
 import pytest
@@ -8,7 +9,6 @@ from transformers import BertConfig, ViTConfig
 
 from fish_tuning.experiments.config.schema import ModelConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.models import load as models
 from fish_tuning.experiments.models.load import (
     load_model,
     load_tokenizer,
@@ -142,10 +142,10 @@ def test_a_model_of_another_kind(tmp_path):
 def test_quantisation(monkeypatch):
     """Guards the settings, and the remedy where bitsandbytes is missing."""
     config = ModelConfig(name="minilm", quantization="4bit", precision="bf16")
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes.*fish-tuning\[quantization\]"):
         quantization_options(config)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     settings = quantization_options(config)["quantization_config"]
     assert settings.load_in_4bit and settings.bnb_4bit_compute_dtype == torch.bfloat16
     assert "classifier" in settings.llm_int8_skip_modules
