@@ -28,6 +28,7 @@ from tests.methods_table import (
     STEPS,
     YES,
     assert_trained,
+    changes_of,
     logged,
     output,
     own_loss,
@@ -46,7 +47,7 @@ from tests.models import (
     tiny_gpt2,
     tiny_llama,
 )
-from tests.rounding import float32_rtol
+from tests.rounding import float32_rtol, nudged
 
 NONE = "adapters has none"
 NAME = "ours"
@@ -168,7 +169,11 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
     train(model, batches)
     reference = build(method)
     train(reference, batches, mask)
-    assert_trained(model, reference, mask, start)
+    other = build(method)
+    with nudged(other, seed=0):
+        train(other, batches, mask)
+        changes = changes_of(reference, other)
+    assert_trained(model, reference, mask, start, changes)
 
     assert saved(model, folder / "masked") == files
     assert FishMask.from_pretrained(folder / "masked") == mask

@@ -26,7 +26,7 @@ from adapters import AdapterTrainer  # noqa: E402
 from adapters.configuration.adapter_config import ADAPTER_CONFIG_MAP  # noqa: E402
 
 from tests.adapters_table import METHODS, NAME, build, outcomes, page  # noqa: E402
-from tests.methods_table import assert_trained, output, rows_of, state_of, trainable  # noqa: E402
+from tests.methods_table import assert_trained, changes_of, output, rows_of, state_of, trainable  # noqa: E402
 from tests.models import (  # noqa: E402
     assert_scores_close,
     batches_of,
@@ -35,7 +35,7 @@ from tests.models import (  # noqa: E402
     pad,
     tiny_bert,
 )
-from tests.rounding import float32_rtol  # noqa: E402
+from tests.rounding import float32_rtol, nudged  # noqa: E402
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
 ROWS = rows_of(PAGE)
@@ -138,15 +138,19 @@ def trainer_for(kind, model, folder, mask=None, **settings):
 def test_trainers_equal_a_dense_reference(name, kind, tmp_path):
     """Guards both Trainers: what is selected ends where masked gradients lead, and the rest of the
     model keeps its bits."""
-    model, twin = (without_dropout(build(BY_NAME[name])) for _ in range(2))
+    model, twin, other = (without_dropout(build(BY_NAME[name])) for _ in range(3))
     mask, start = random_mask(model), state_of(model)
     trainer = trainer_for(kind, model, tmp_path, mask, weight_decay=0.0)
     assert sum(p.numel() for p in trainable(model).values()) == mask.num_trainable
     trainer.train()
-    for key, p in trainable(twin).items():
-        p.register_hook(lambda gradient, bits=mask[key]: gradient * bits)
+    for dense in (twin, other):
+        for key, p in trainable(dense).items():
+            p.register_hook(lambda gradient, bits=mask[key]: gradient * bits)
     trainer_for(AdapterTrainer, twin, tmp_path, weight_decay=0.0).train()
-    assert_trained(model, twin, mask, start)
+    with nudged(other, seed=0):
+        trainer_for(AdapterTrainer, other, tmp_path, weight_decay=0.0).train()
+        changes = changes_of(twin, other)
+    assert_trained(model, twin, mask, start, changes)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
