@@ -48,7 +48,7 @@ $(ADAPTERS)/.installed: pyproject.toml constraints-adapters.txt
 	@touch $@
 
 # Not there: the extras `experiments` and `quantization`, TRL, and PEFT as the table of methods has it.
-ELSEWHERE := tests/mask/test_card.py $(patsubst %,tests/test_%.py,methods other_trainers quantized readme study)
+ELSEWHERE := tests/mask/test_card.py $(patsubst %,tests/test_%.py,methods other_trainers quantized readme)
 CORE := per_example scoring selection mask sparse packing
 test-adapters: $(ADAPTERS)/.installed ## the adapters library, and this one on the transformers that it needs
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ADAPTERS)/bin/python -m pytest -n 2 \

@@ -1,7 +1,8 @@
 """Fill the tables and the figure of docs/study/README.md from the runs in docs/study/runs/.
 
 `python scripts/study_page.py --take results/studies/sst2` first copies a sweep's `results.csv`
-there. Without `--take` the tables are made anew from what is there: the same runs, the same page.
+there. Without `--take` the tables are rebuilt from the runs that are there: the same runs give the
+same page.
 """
 
 import argparse
@@ -14,27 +15,27 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from fish_tuning.experiments.report.comparison import format_spread
+from fish_tuning.experiments.report.arm_runs import ArmRuns, group_runs
+from fish_tuning.experiments.report.columns import format_spread
+from fish_tuning.experiments.report.csv_table import csv_table
 from fish_tuning.experiments.report.statistics import (
     Difference,
-    Group,
-    group_runs,
     paired_difference,
     pooled_difference,
     spread,
 )
-from fish_tuning.experiments.report.svg import TEXT, figure_style
-from fish_tuning.experiments.report.write import csv_table
+from fish_tuning.experiments.report.style import TEXT, figure_style
 from fish_tuning.experiments.results import Results, Run, read_results
 from fish_tuning.experiments.runs.search import chosen_learning_rates
+from fish_tuning.experiments.tables import Table
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text", "mrpc", "cola")
-"""Those that the differences are the mean of."""
+"""Tasks over which the differences are averaged."""
 DECODER = ("decoder",)
 """The second architecture, on the task of `text`."""
 SMALL = 0.1
-"""Budgets below this share of LoRA's size are the small one, whose share differs by the head."""
+"""Budgets below this fraction of LoRA's size are "small"; which fraction depends on the head."""
 COMPARISONS = (
     ("LoRA-FISH (100%)", "Original LoRA"),
     ("LoRA-FISH (50%)", "Original LoRA"),
@@ -64,18 +65,17 @@ PEERS = {
     "LoRA r=2": "LoRA-FISH (25%)",
     "VeRA r=256": "LoRA-FISH (11%)",
 }
-"""What people would pick instead, and FISH at its count or the nearest below."""
+"""Alternatives to FISH, each with FISH at the same parameter count or the nearest below."""
 CANDIDATES = {"25%": "candidates_quarter", "small": "candidates_small"}
-"""The sweep of each budget in the table of rules."""
+"""Budget to sweep, for the table of rules."""
 MORE = {"small": "candidates_more"}
-"""The same for the table of what the default rule ranks by and selects from."""
+"""Budget to sweep, for the table of what the default rule ranks by and selects from."""
 BALANCED = {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"}
-"""The rule that was the default in these sweeps."""
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""What the table of rules calls these arms: `balanced` was the default rule of its sweeps."""
 
 
 def main() -> None:
-    """Take sweeps, and write the page."""
+    """Take the sweeps named on the command line, and write the page and its figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--take", type=Path, nargs="*", default=[], help="folders of sweeps")
     for folder in parser.parse_args().take:
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """The page with every table between its markers made anew."""
+    """Return the page with the table between each pair of markers rebuilt."""
     tables = {
         "pooled": differences_table(TASKS),
         "carried_over": differences_table(DECODER),
@@ -100,9 +100,7 @@ def filled(text: str) -> str:
     }
 
     def replace(match: re.Match[str]) -> str:
-        headers, rows = tables[match[1]]
-        lines = [headers, ("---", *["---:"] * (len(headers) - 1)), *rows]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        table = tables[match[1]].markdown(escape=str)
         return f"<!-- table: {match[1]} -->\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
@@ -110,7 +108,7 @@ def filled(text: str) -> str:
 
 @cache
 def runs_of(name: str) -> Results:
-    """What was taken of the sweep `name` and of those called `name_...`."""
+    """Read the runs of the sweep `name` and of those called `name_...`."""
     runs: list[Run] = []
     for file in sorted((STUDY / "runs").glob("*.csv")):
         if file.stem == name or file.stem.startswith(f"{name}_"):
@@ -134,8 +132,8 @@ def _run(row: Mapping[str, str]) -> Run:
     return Run.model_validate({"ratio": None, **known, "config": {}, "metrics": metrics})
 
 
-def labelled(results: Results) -> dict[str, Group]:
-    """Its groups by label, in which the budget always stands."""
+def labelled(results: Results) -> dict[str, ArmRuns]:
+    """ArmRuns the runs by label, which always includes the budget."""
     groups = {}
     for group in group_runs(results.runs):
         label = group.arm
@@ -145,15 +143,15 @@ def labelled(results: Results) -> dict[str, Group]:
     return groups
 
 
-def values(group: Group, metric: str = "") -> dict[int, float]:
-    """A metric by seed, if not given the main one."""
+def values(group: ArmRuns, metric: str = "") -> dict[int, float]:
+    """Return a metric by seed; by default the main one."""
     return group.by_seed(metric or group.runs[0].main_metric or "")
 
 
 def pooled_differences(
     tasks: tuple[str, ...] = TASKS, metric: str = ""
 ) -> list[tuple[str, str, Difference]]:
-    """Arm, baseline and their difference over those of the tasks that have both."""
+    """Return arm, baseline and their difference over the tasks that have both."""
     groups = {task: labelled(runs_of(task)) for task in tasks}
     found = []
     for arm, baseline in COMPARISONS:
@@ -168,7 +166,7 @@ def pooled_differences(
 
 
 def differences_table(tasks: tuple[str, ...]) -> Table:
-    """Differences over all tasks, and of each where there are several."""
+    """Differences over all tasks, and on each where there are several."""
     each = tasks if len(tasks) > 1 else ()
     groups = [labelled(runs_of(task)) for task in each]
     rows = []
@@ -179,37 +177,38 @@ def differences_table(tasks: tuple[str, ...]) -> Table:
         ones = [difference_of(g, arm, baseline) for g in groups]
         cells = ["" if one is None else f"{100 * one.mean:+.2f}" for one in ones]
         rows.append((arm, baseline, interval(difference), *cells, interval(loss, "{:+.3f}", 1)))
-    return ("arm", "compared with", "points", *each, "loss"), rows
+    return Table(("arm", "compared with", "points", *each, "loss"), tuple(rows))
 
 
-def difference_of(groups: Mapping[str, Group], arm: str, baseline: str) -> Difference | None:
-    """The difference of two arms on one task, paired by seed, if it has both."""
+def difference_of(groups: Mapping[str, ArmRuns], arm: str, baseline: str) -> Difference | None:
+    """Return the difference of two arms on one task, paired by seed; None without one of them."""
     if arm not in groups or baseline not in groups:
         return None
     return paired_difference(values(groups[arm]), values(groups[baseline]))
 
 
 def peers_table() -> Table:
-    """Every other method on SST-2, and how far FISH of its size is ahead of it."""
+    """Every other method on SST-2, and how far ahead of it FISH of the same size is."""
     groups = labelled(runs_of("sst2")) | labelled(runs_of("peers_sst2"))
     rows = []
     for peer, fish in PEERS.items():
         difference = difference_of(groups, fish, peer)
         if difference is not None:
             rows.append((*arm_cells(peer, groups[peer])[:-2], fish, interval(difference)))
-    return ("method", *arm_headers("accuracy"), "compared with", "FISH ahead by"), rows
+    headers = ("method", *arm_headers("accuracy"), "compared with", "FISH ahead by")
+    return Table(headers, tuple(rows))
 
 
 def interval(difference: Difference, style: str = "{:+.2f}", unit: float = 100) -> str:
-    """A difference with its interval, if not said otherwise in points, hundredths."""
+    """Write a difference with its interval; by default in points (hundredths)."""
     mean, *bounds = (
         style.format(unit * value) for value in (difference.mean, *(difference.interval or ()))
     )
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 
 
-def arm_cells(label: str, group: Group) -> tuple[str, ...]:
-    """An arm's row: mean and deviation over the seeds, learning rate, cost."""
+def arm_cells(label: str, group: ArmRuns) -> tuple[str, ...]:
+    """Return an arm's row: size, learning rate, mean and deviation over the seeds, cost."""
     runs = group.finished
     return (
         label,
@@ -224,16 +223,17 @@ def arm_cells(label: str, group: Group) -> tuple[str, ...]:
 
 
 def arm_headers(metric: str) -> tuple[str, ...]:
-    """What stands above the cells of `arm_cells`, those of cost aside."""
+    """Return the headers of the cells of `arm_cells`, except the label and the cost."""
     return ("parameters", "learning rate", metric, "loss", "seeds")
 
 
 def task_table(name: str) -> Table:
-    """Every arm of a task."""
+    """All arms of a task."""
     runs = runs_of(name)
     rows = [arm_cells(*pair) for pair in labelled(runs).items() if pair[1].finished]
     metric = (runs.runs[0].main_metric or "").replace("_", " ")
-    return ("arm", *arm_headers(metric), "training (s)", "choosing (s)"), rows
+    headers = ("arm", *arm_headers(metric), "training (s)", "choosing (s)")
+    return Table(headers, tuple(rows))
 
 
 def candidates_table(sweeps: Mapping[str, str], names: Mapping[str, str]) -> Table:
@@ -247,11 +247,11 @@ def candidates_table(sweeps: Mapping[str, str], names: Mapping[str, str]) -> Tab
                 f"{100 * run.metrics['accuracy']:.2f} / {run.metrics['eval_loss']:.3f} ({rate:g})"
             )
     rows = [(rule, *(own.get(budget, "") for budget in sweeps)) for rule, own in best.items()]
-    return ("rule", *sweeps), rows
+    return Table(("rule", *sweeps), tuple(rows))
 
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:
-    """Each comparison's mean and interval, in points."""
+    """Draw the mean and interval of each comparison, in points."""
     with figure_style():
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(differences)))
         axes = figure.subplots()

@@ -16,7 +16,6 @@ TOO_LONG = {
     "experiments/arms.py",
     "experiments/config/schema.py",
     "experiments/data/load.py",
-    "experiments/report/figures.py",
     "experiments/runs/training.py",
     "packing/folders.py",
     "scoring/fisher.py",

@@ -210,8 +210,11 @@ def test_bad_configs(project, text, message):
         ("run base_config.yaml --set lora.rank=4", r"lora\.rank: unknown key"),
         ("plan base_config.yaml --set lora.fish_rank=0", r"lora\.fish_rank: 0"),
         ("plan base_config.yaml --set model.name=no_config", "holds no config.json"),
-        ("inspect nothing", "nothing: is no folder; name that of a mask, an adapter or a run"),
-        ("inspect no_config", r"no_config: there is no fish_mask\.json in it or below; name"),
+        (
+            "inspect nothing",
+            "nothing: is no folder; name the folder of a mask, an adapter or a run",
+        ),
+        ("inspect no_config", r"no_config: has no fish_mask\.json, nor do its subfolders; name"),
         ("report no_config", r"results\.json: cannot be read .*name a results folder"),
         ("report data.csv", r"data\.csv: is not whole JSON"),
         ("report no_config only_config", "--output: is needed for a report over 2 sweeps"),

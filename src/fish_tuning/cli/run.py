@@ -23,9 +23,6 @@ from fish_tuning.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fish_tuning.experiments.results import Results
     from fish_tuning.experiments.runs.preflight import CheckedExperiment
 
 
@@ -123,6 +120,8 @@ def _launch(words: list[str], num_processes: int) -> None:
 
 
 def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
+    from fish_tuning.experiments.report.columns import comparison_table
+    from fish_tuning.experiments.report.comparison import compare
     from fish_tuning.experiments.report.write import write_report
     from fish_tuning.experiments.runs import processes
     from fish_tuning.experiments.runs.sweep import run_checked
@@ -133,7 +132,7 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     if not main:
         return
     paths = write_report(results, Path(checked.config.training.output_dir))
-    stdout().print(_table(results))
+    stdout().print(comparison_table(compare(results)).terminal())
     for path in paths:
         stdout().print(str(path), markup=False, soft_wrap=True)
     runs = [*results.search, *results.runs]
@@ -143,19 +142,3 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
         for run in failed:
             say(f"  {run.run_id}: {run.error}")
         raise typer.Exit(EXIT_FAILED_RUNS)
-
-
-def _table(results: Results) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    from fish_tuning.experiments.report.comparison import compare
-
-    comparison = compare(results)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for position, header in enumerate(comparison.headers):
-        table.add_column(header, justify="right" if position else "left", overflow="fold")
-    for row in comparison.rows:
-        table.add_row(*map(Text, row))
-    return table

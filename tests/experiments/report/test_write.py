@@ -4,15 +4,16 @@ import csv
 import io
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fish_tuning.experiments.report.comparison import compare, pooled_table
-from fish_tuning.experiments.report.document import results_document
-from fish_tuning.experiments.report.html import html_report
-from fish_tuning.experiments.report.write import csv_table, markdown_report, write_report
+from fish_tuning.experiments.report.columns import comparison_table, pooled_table
+from fish_tuning.experiments.report.comparison import compare, pool
+from fish_tuning.experiments.report.csv_table import csv_table
+from fish_tuning.experiments.report.notes import notes_on
+from fish_tuning.experiments.report.pages import html_report, markdown_report
+from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import Results
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
 
@@ -50,8 +51,8 @@ class Page(HTMLParser):
 
 
 def rows_of(sweep):
-    comparison = compare(sweep)
-    return [dict(zip(comparison.headers, row, strict=True)) for row in comparison.rows]
+    table = comparison_table(compare(sweep))
+    return [dict(zip(table.headers, row, strict=True)) for row in table.rows]
 
 
 def test_table_has_means_deviations_and_differences():
@@ -106,41 +107,9 @@ def test_lower_is_better_is_said():
     runs = [
         r.model_copy(update={"main_metric": "mse", "metrics": {"mse": 0.5}}) for r in sweep.runs
     ]
-    notes = compare(sweep.model_copy(update={"runs": runs})).notes
+    notes = notes_on(compare(sweep.model_copy(update={"runs": runs})))
     assert "MSE: lower is better." in notes
-    assert not any("lower" in note for note in compare(sweep).notes)
-
-
-@pytest.mark.parametrize(
-    ("model", "dataset", "ratio", "expected"),
-    [
-        ("bert-base-cased", {"load_args": ["glue", "sst2"]}, 1.0, ["0.9048", "0.9094"]),
-        ("google-bert/bert-base-cased", {"name": "SST-2"}, 1.0, ["0.9048", "0.9094"]),
-        (
-            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-            {"load_args": ["rotten_tomatoes"]},
-            0.25,
-            ["0.9006", "0.8856"],
-        ),
-        ("prajjwal1/bert-tiny", {"name": "sst2"}, 0.5, ["0.5103", "0.5069"]),
-        ("prajjwal1/bert-tiny", {"name": "sst2"}, 0.25, ["0.5103", "n/a"]),
-        ("bert-base-cased", {"load_args": ["glue", "mrpc"]}, 1.0, None),
-        ("bert-base-uncased", {"name": "sst2"}, 1.0, None),
-        ("my-bert-tiny-2", {"name": "sst2"}, 0.5, None),
-    ],
-)
-def test_published_figures_only_beside_their_experiment(model, dataset, ratio, expected):
-    """Guards a published number beside another model, data set or budget."""
-    config = {"model": {"name": model}, "dataset": dataset}
-    rows = rows_of(make_sweep(ratios=(ratio,), config=config))
-    assert [row.get("Published") for row in rows[:2]] == (expected or [None, None])
-
-
-def test_published_accuracy_not_beside_another_metric():
-    """Guards a published accuracy in a table of F1."""
-    sweep = make_sweep(config=BERT)
-    runs = [r.model_copy(update={"main_metric": "f1", "metrics": {"f1": 0.5}}) for r in sweep.runs]
-    assert "Published" not in compare(sweep.model_copy(update={"runs": runs})).headers
+    assert not any("lower" in note for note in notes_on(compare(sweep)))
 
 
 def test_csv_reads_back():
@@ -247,12 +216,13 @@ def test_arms_over_several_sweeps():
         for seed in (1, 2)
     ]
     other = Results(name="other", config=one.config, runs=runs)
-    headers, rows = pooled_table([compare(one), compare(other)])
+    table = pooled_table(pool([compare(one), compare(other)]))
+    headers, rows = table.headers, table.rows
     assert [row[0] for row in rows] == list(arms) and rows[0][2] == "baseline"
     means = [sum(run.metrics["accuracy"] for run in one.runs if run.arm == arm) / 2 for arm in arms]
     assert float(rows[0][1]) == pytest.approx((means[0] + 0.5) / 2, abs=1e-4)
     assert float(rows[1][2].split()[0]) == pytest.approx((means[1] - means[0] + 0.1) / 2, abs=1e-4)
-    assert pooled_table([compare(one)]) is None
+    assert pool([compare(one)]) == []
     for text in (markdown_report([one, other]), html_report([one, other])):
         assert "Over all experiments" in text and headers[1] in text
     assert "Over all experiments" not in markdown_report([one])
@@ -287,11 +257,3 @@ def test_reports_of_little(tmp_path, runs):
     Page(paths[2].read_text(encoding="utf-8"))
     for path in paths:
         assert not re.search(r"\bNone\b|\bnan\b", path.read_text(encoding="utf-8"))
-
-
-def test_results_document_is_what_is_committed():
-    """Guards a schema that changed without its documentation."""
-    committed = Path(__file__).parents[3] / "docs" / "results.md"
-    assert committed.read_text(encoding="utf-8") == results_document()
-    for field in ("`peak_memory_of`", "`log10_edges`", "`format_version`", "`metrics.NAME`"):
-        assert field in results_document()

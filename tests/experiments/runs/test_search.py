@@ -10,7 +10,7 @@ from fish_tuning.experiments.arms import planned, searched
 from fish_tuning.experiments.data.load import hold_out
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.plan import plan_experiment
-from fish_tuning.experiments.report.write import markdown_report
+from fish_tuning.experiments.report.pages import markdown_report
 from fish_tuning.experiments.results import Run
 from fish_tuning.experiments.runs.preflight import check_experiment
 from fish_tuning.experiments.runs.search import chosen_learning_rates

@@ -1,4 +1,4 @@
-"""Statistics over the seeds of an arm."""
+"""Means, deviations and paired differences over seeds."""
 
 from __future__ import annotations
 
@@ -7,73 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fish_tuning.experiments.results import Run
-
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
-class Group:
-    """The runs of one arm at one budget, one for each seed."""
-
-    arm: str
-    ratio: float | None
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def finished(self) -> tuple[Run, ...]:
-        """The runs that did not fail."""
-        return tuple(run for run in self.runs if run.status == "finished")
-
-    def by_seed(self, metric: str) -> dict[int, float]:
-        """A metric of each finished run that has it."""
-        return {
-            run.seed: run.metrics[metric]
-            for run in self.finished
-            if math.isfinite(run.metrics.get(metric, math.nan))
-        }
-
-
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Group runs by arm and budget, in the order of their first runs.
-
-    The budget is part of a group's label where there are several.
-    """
-    groups: dict[tuple[str, float | None], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.arm, run.ratio), []).append(run)
-    several = len({ratio for _, ratio in groups if ratio is not None}) > 1
-    return [
-        Group(
-            arm,
-            ratio,
-            f"{arm} ({percent(ratio)})" if several and ratio is not None else arm,
-            tuple(members),
-        )
-        for (arm, ratio), members in groups.items()
-    ]
-
-
-def baseline_of(group: Group, groups: Sequence[Group], arm: str) -> Group | None:
-    """Return what a group is compared with: `arm` at the same budget, else without one."""
-    candidates = [other for other in groups if other.arm == arm]
-    for ratio in (group.ratio, None, 1.0):
-        for other in candidates:
-            if other.ratio == ratio:
-                return other
-    return None
-
-
-def percent(ratio: float) -> str:
-    """A fraction as readers know it: 0.25 is 25%."""
-    return f"{100 * ratio:g}%"
-
-
-@dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation; one value has no deviation."""
+    """Mean and sample standard deviation; `std` is None for a single value."""
 
     mean: float
     std: float | None
@@ -81,14 +21,14 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    r"""Return mean and sample standard deviation, None without values.
+    r"""Return mean and sample standard deviation, or None without values.
 
     $s = \sqrt{\frac{1}{n - 1} \sum_i (x_i - \bar x)^2}$
     """
     values = list(values)
     if not values:
         return None
-    # The mean of equal values is that value: rounding must not make a deviation of it.
+    # Equal values have exactly that mean and no deviation; rounding would give them one.
     if min(values) == max(values):
         return Spread(values[0], 0.0 if len(values) > 1 else None, len(values))
     mean = math.fsum(values) / len(values)
@@ -98,9 +38,9 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference to the baseline over the seeds that both have.
+    """Mean difference to a baseline, over the seeds that both have.
 
-    `interval` is None where there is one seed: a spread cannot be told from it.
+    `interval` is None if there is only one seed.
     """
 
     mean: float
@@ -111,16 +51,16 @@ class Difference:
 def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Compare an arm with the baseline seed by seed.
 
-    The interval is the 95% percentile bootstrap interval of the mean over resampled seeds. It is
-    seeded, so the same values give the same interval. With a handful of seeds it is too narrow
-    rather than too wide: no resample can reach beyond the differences that were seen.
+    The interval is the 95% percentile bootstrap interval of the mean over resampled seeds. The
+    bootstrap is seeded, so the same values give the same interval. With a handful of seeds it is
+    too narrow rather than too wide: no resample can lie outside the observed differences.
 
     Args:
-        arm: Metric by seed.
-        baseline: The same of the baseline.
+        arm: Metric of the arm, by seed.
+        baseline: Metric of the baseline, by seed.
 
     Returns:
-        The difference, None where they share no seed.
+        The difference, or None if they share no seed.
     """
     return pooled_difference({"": arm}, {"": baseline})
 
@@ -128,18 +68,19 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
 def pooled_difference(
     arms: Mapping[str, Mapping[int, float]], baselines: Mapping[str, Mapping[int, float]]
 ) -> Difference | None:
-    """Compare an arm with the baseline over several tasks, each counting the same.
+    """Compare an arm with the baseline over several tasks, which all have the same weight.
 
-    The mean over tasks of the mean over seeds of paired differences. The interval resamples the
-    seeds within each task: it says how sure the mean over *these* tasks is, not over others.
+    This is the mean over tasks of the mean over seeds of the paired differences. The interval
+    resamples the seeds within each task, so it says how certain the mean over these tasks is, and
+    nothing about other tasks.
 
     Args:
-        arms: Metric by seed, by task.
-        baselines: The same of the baseline.
+        arms: Metric of the arm by task, then by seed.
+        baselines: Metric of the baseline by task, then by seed.
 
     Returns:
-        The difference; its `seeds` are those of all tasks together. None where there is a task
-        in which they share no seed.
+        The difference, with the seeds of all tasks together; None without tasks, or if a task has
+        no seed in common.
     """
     differences = []
     seeds: set[int] = set()

@@ -1,29 +1,19 @@
 """The study's page: its tables are those of the runs that lie beside it."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import study_page as page
 
 from fish_tuning.experiments.config.load import load_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
 CONFIGS = sorted(p for p in (ROOT / "configs" / "studies").glob("*.yaml") if "base" not in p.stem)
 
 
-@pytest.fixture(scope="module")
-def page():
-    spec = importlib.util.spec_from_file_location("study_page", ROOT / "scripts/study_page.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study_page"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tables_are_those_of_the_runs(page):
+def test_tables_are_those_of_the_runs():
     """Guards every number on the page: made from the committed runs, not written."""
     text = (STUDY / "README.md").read_text(encoding="utf-8")
     assert page.filled(text) == text
@@ -43,7 +33,7 @@ def test_configs_are_whole(path):
     assert not set(config.learning_rate_search.seeds) & set(config.seeds)
 
 
-def test_differences_are_paired_by_seed(page):
+def test_differences_are_paired_by_seed():
     """Guards the arithmetic of the page against the rows of the files."""
     for arm, baseline, difference in page.pooled_differences():
         means = []

@@ -1,0 +1,153 @@
+"""The report's tables: which columns they have, and how numbers are written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fish_tuning.experiments.config.schema import ORIGINAL_LORA
+from fish_tuning.experiments.report.arm_runs import percent
+from fish_tuning.experiments.report.comparison import (
+    ArmSummary,
+    Comparison,
+    PooledArm,
+    SearchSummary,
+)
+from fish_tuning.experiments.report.statistics import Difference, Spread
+from fish_tuning.experiments.results import Run
+from fish_tuning.experiments.tables import MISSING, Table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """The arms of a sweep: one row per arm and budget."""
+    columns: dict[str, Callable[[ArmSummary], str]] = {
+        "Method": lambda arm: arm.label,
+        "Train Time (s)": lambda arm: format_spread(arm.train_seconds, "{:,.1f}"),
+        "Peak Memory (MiB)": lambda arm: format_spread(arm.peak_memory_mib, "{:,.0f}"),
+        "Final Trainable Params": lambda arm: format_spread(arm.trainable_params, "{:,.0f}"),
+        "Learning Rate": _learning_rates,
+        f"Val {metric_title(comparison.metric)}": lambda arm: format_spread(arm.metric, "{:.4f}"),
+        "Seeds": _seeds,
+        f"Difference to {ORIGINAL_LORA}": _difference,
+    }
+    if not any(arm.learning_rates for arm in comparison.arms):
+        del columns["Learning Rate"]
+    return Table.of(comparison.arms, columns)
+
+
+def search_table(searches: Sequence[SearchSummary]) -> Table:
+    """What a search for learning rates found: one row per arm and budget, one column per rate."""
+
+    def column(rate: float) -> Callable[[SearchSummary], str]:
+        def show(search: SearchSummary) -> str:
+            metric = search.metric.get(rate)
+            text = MISSING if metric is None else f"{metric.mean:.4f}"
+            return f"{text} (chosen)" if rate == search.chosen else text
+
+        return show
+
+    rates = sorted({rate for search in searches for rate in search.metric})
+    columns: dict[str, Callable[[SearchSummary], str]] = {"Method": lambda search: search.label}
+    return Table.of(searches, columns | {f"{rate:g}": column(rate) for rate in rates})
+
+
+def pooled_table(pooled: Sequence[PooledArm]) -> Table:
+    """Arms over several sweeps: one row per arm and budget."""
+    return Table.of(
+        pooled,
+        {
+            "Method": lambda arm: arm.label,
+            "Mean over experiments": lambda arm: format_number(arm.mean, "{:.4f}"),
+            f"Difference to {ORIGINAL_LORA}": lambda arm: (
+                "baseline" if arm.is_baseline else format_difference(arm.difference)
+            ),
+        },
+    )
+
+
+def overview_table(comparisons: Sequence[Comparison]) -> Table:
+    """The main metric of several sweeps: one row per sweep, one column per arm and budget."""
+
+    def column(label: str) -> Callable[[Comparison], str]:
+        return lambda comparison: format_spread(comparison.metric_of(label), "{:.4f}")
+
+    labels = dict.fromkeys(arm.label for comparison in comparisons for arm in comparison.arms)
+    columns: dict[str, Callable[[Comparison], str]] = {
+        "Experiment": lambda comparison: comparison.name,
+        "Metric": lambda comparison: metric_title(comparison.metric),
+    }
+    return Table.of(comparisons, columns | {label: column(label) for label in labels})
+
+
+def run_table(runs: Sequence[Run], metric: str | None) -> Table:
+    """The runs of a sweep: one row per run."""
+    return Table.of(
+        runs,
+        {
+            "Run": lambda run: run.run_id,
+            "Method": lambda run: run.arm,
+            "Budget": lambda run: MISSING if run.ratio is None else percent(run.ratio),
+            "Seed": lambda run: str(run.seed),
+            "Status": lambda run: run.status,
+            metric_title(metric): lambda run: format_number(
+                run.metrics.get(metric or ""), "{:.4f}"
+            ),
+            "Budgeted params": lambda run: format_number(run.budget, "{:,}"),
+            "Trainable params": lambda run: format_number(run.trainable_params, "{:,}"),
+            "Changed params": lambda run: format_number(run.changed_params, "{:,}"),
+            "Total params": lambda run: format_number(run.total_params, "{:,}"),
+            "Scoring (s)": lambda run: format_number(run.score_seconds, "{:,.1f}"),
+            "Training (s)": lambda run: format_number(run.train_seconds, "{:,.1f}"),
+            "Adapter file (bytes)": lambda run: format_number(run.adapter_bytes, "{:,}"),
+            "Adapter": lambda run: run.adapter or MISSING,
+        },
+    )
+
+
+def metric_title(metric: str | None) -> str:
+    """A metric's name as the heading of a column."""
+    if metric is None:
+        return "Metric"
+    short = {"f1": "F1", "f1_macro": "Macro F1", "mse": "MSE", "spearmanr": "Spearman"}
+    return short.get(metric, metric.replace("_", " ").title())
+
+
+def format_number(value: float | None, form: str) -> str:
+    """Write a number, or that there is none."""
+    return MISSING if value is None else form.format(value)
+
+
+def format_spread(values: Spread | None, form: str) -> str:
+    """Write mean ± standard deviation; for one value or equal counts, the value alone."""
+    if values is None:
+        return MISSING
+    if values.std is None or (values.std == 0 and values.mean == int(values.mean)):
+        return form.format(values.mean)
+    return f"{form.format(values.mean)} ± {form.format(values.std)}"
+
+
+def format_difference(difference: Difference | None) -> str:
+    """Write mean difference and interval, or why there is no interval."""
+    if difference is None:
+        return MISSING
+    if difference.interval is None:
+        return f"{difference.mean:+.4f} (1 seed: no interval)"
+    low, high = difference.interval
+    return f"{difference.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _learning_rates(arm: ArmSummary) -> str:
+    return ", ".join(f"{rate:g}" for rate in arm.learning_rates) or MISSING
+
+
+def _seeds(arm: ArmSummary) -> str:
+    finished = len(arm.runs.finished)
+    failed = len(arm.runs.runs) - finished
+    return f"{finished} ({failed} failed)" if failed else str(finished)
+
+
+def _difference(arm: ArmSummary) -> str:
+    if arm.is_baseline:
+        return "baseline"
+    text = format_difference(arm.difference)
+    shared = len(arm.difference.seeds) if arm.difference else 0
+    return f"{text} ({shared} seeds)" if 1 < shared < len(arm.runs.finished) else text

@@ -1,0 +1,97 @@
+"""Pictures of masks, read back from matplotlib and from the files."""
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from fish_tuning import FishMask
+from fish_tuning.experiments.report.density import density_table
+from fish_tuning.experiments.report.density_figure import (
+    density_figure,
+    mask_figure,
+    save_mask_picture,
+)
+from fish_tuning.experiments.results import TensorDensity
+
+
+def heatmap(axes):
+    """The values that a panel's cells show, from the top row down."""
+    return np.ma.filled(axes.collections[0].get_array(), np.nan)[::-1]
+
+
+def test_density_by_layer_and_module():
+    """Guards cells in the wrong row, column or panel, and seeds that overwrite each other."""
+    name = "base_model.model.bert.encoder.layer.{}.{}.lora_{}.default.weight"
+    tensors = [
+        TensorDensity(name=name.format(10, "attention.self.query", "A"), selected=1, entries=10),
+        TensorDensity(name=name.format(10, "attention.self.query", "A"), selected=2, entries=10),
+        TensorDensity(name=name.format(2, "attention.self.query", "A"), selected=5, entries=10),
+        TensorDensity(name=name.format(2, "attention.output.dense", "B"), selected=4, entries=10),
+        TensorDensity(name=name.format(2, "output.dense", "B"), selected=0, entries=10),
+        TensorDensity(name="base_model.model.classifier.weight", selected=9, entries=9),
+    ]
+    figure = density_figure(tensors)
+    a, b, _ = figure.axes
+    assert [axes.get_title() for axes in (a, b)] == ["A", "B"]
+    assert heatmap(a).tolist() == [[0.15], [0.5]]
+    np.testing.assert_equal(heatmap(b), [[np.nan, np.nan], [0.4, 0.0]])
+    assert [t.get_text() for t in a.get_yticklabels()] == ["2", "10"]
+    assert [t.get_text() for t in b.get_xticklabels()] == [
+        "attention.output.dense",
+        "output.dense",
+    ]
+    assert figure.get_supxlabel() == "trained in full: classifier"
+
+
+def test_mask_figure_counts_the_mask():
+    """Guards a picture of anything but the mask: of a model's own weights here, no adapter."""
+    tensor = torch.zeros(4, 5, dtype=torch.bool)
+    tensor[0, :3] = True
+    mask = FishMask({"layers.0.fc.weight": tensor, "layers.1.fc.weight": ~tensor})
+    panel = mask_figure(mask).axes[0]
+    assert heatmap(panel).tolist() == [[0.85], [0.15]]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "PNG"])
+def test_mask_pictures(tmp_path, ending):
+    """Guards files that are not what their ending says, that differ, or that are left half."""
+    mask = FishMask({"layers.0.lora_A.weight": torch.eye(3).bool()})
+    paths = [tmp_path / "new" / f"{name}.{ending}" for name in "ab"]
+    for path in paths:
+        save_mask_picture(mask, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(paths[0].parent.iterdir()) == paths
+    if ending == "svg":
+        assert ElementTree.parse(paths[0]).getroot().tag.endswith("svg")
+    else:
+        assert imread(paths[0], format="png").shape[2] == 4
+
+
+def test_mask_pictures_of_other_endings_are_refused(tmp_path):
+    """Guards a PDF called .jpg, and an error that does not name the remedy."""
+    mask = FishMask({"x": torch.ones(2).bool()})
+    with pytest.raises(ValueError, match=r"a \.png or \.svg file, and '.*x\.jpg' is neither"):
+        save_mask_picture(mask, tmp_path / "x.jpg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_density_table_tells_modules_of_one_name_apart():
+    """Guards modules that share the end of their path from being added up."""
+    layer = "encoder.layer.0"
+    mask = FishMask(
+        {
+            f"{layer}.attention.output.dense.weight": torch.ones(2, 2).bool(),
+            f"{layer}.output.dense.weight": torch.zeros(2, 2).bool(),
+            "classifier.weight": torch.eye(2).bool(),
+        }
+    )
+    table = density_table(mask)
+    assert table.headers == ("layer", "attention.output.dense", "output.dense", "classifier", "all")
+    assert table.rows == (
+        ("0", "100.00%", "0.00%", "", "50.00%"),
+        ("-", "", "", "50.00%", "50.00%"),
+        ("all", "100.00%", "0.00%", "50.00%", "50.00%"),
+    )

@@ -1,0 +1,44 @@
+"""Tables, as they are drawn in Markdown and in a terminal."""
+
+from rich.console import Console
+
+from fish_tuning.experiments.tables import Table, markdown_text
+
+TABLE = Table.of(
+    [("a|b", 1), ("[red]c", 2)], {"name": lambda row: row[0], "n": lambda r: str(r[1])}
+)
+
+
+def lines(**options):
+    console = Console(width=40)
+    with console.capture() as capture:
+        console.print(TABLE.terminal(**options))
+    return capture.get().splitlines()
+
+
+def test_markdown():
+    """Guards cells that a bar splits, and the alignment of numbers."""
+    assert TABLE.markdown().splitlines() == [
+        "| name | n |",
+        "| --- | ---: |",
+        "| a\\|b | 1 |",
+        "| \\[red\\]c | 2 |",
+    ]
+    assert TABLE.markdown(escape=str, numbers=False).splitlines()[1:3] == [
+        "| --- | --- |",
+        "| a|b | 1 |",
+    ]
+
+
+def test_markdown_text():
+    """Guards markup and line breaks in names from files, and names that need no escape."""
+    assert markdown_text("a\n_b_ <i>`#1`") == "a \\_b\\_ &lt;i&gt;\\`\\#1\\`"
+    assert markdown_text("LoRA-FISH r=8 (eval_loss)") == "LoRA-FISH r=8 (eval_loss)"
+
+
+def test_terminal():
+    """Guards names that the terminal takes for colors, and a total that looks like any row."""
+    plain = lines()
+    assert any("[red]c" in line for line in plain)
+    framed = lines(total=True)
+    assert framed[-3].startswith("├") and "[red]c" in framed[-2]
