@@ -54,7 +54,7 @@ def test_nothing_to_pad_with(tmp_path):
     with pytest.raises(ConfigError, match=r"set model\.config_overrides\.pad_token_id"):
         load_tokenizer(config)
     wrong = config.model_copy(update={"config_overrides": {"pad_token_id": 4711}})
-    with pytest.raises(ConfigError, match="4711 is none of the tokenizer's 44 tokens"):
+    with pytest.raises(ConfigError, match="4711 is not among the tokenizer's 44 tokens"):
         load_tokenizer(wrong)
 
 

@@ -1,8 +1,10 @@
 """The packaged MiniLM is found without importing it, and its weights are checked."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -27,6 +29,22 @@ def test_published_weights_are_accepted(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(minilm, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert minilm.minilm_path() == model
     assert minilm.PACKAGE not in sys.modules
+
+
+def test_weights_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against reading 90 MB again for every tokenizer, config and model."""
+    monkeypatch.syspath_prepend(tmp_path)
+    model = fake_wheel(tmp_path, b"weights")
+    monkeypatch.setattr(minilm, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
+    digest = mock.Mock(wraps=hashlib.file_digest)
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    for _ in range(3):
+        minilm.minilm_path()
+    assert digest.call_count == 1
+    (model / "model.safetensors").write_bytes(b"other weights")
+    os.utime(model / "model.safetensors", ns=(0, 0))
+    with pytest.raises(ValueError, match="SHA-256"):
+        minilm.minilm_path()
 
 
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

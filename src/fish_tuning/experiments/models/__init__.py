@@ -1,1 +1,1 @@
-"""A config -> the base model and its tokenizer."""
+"""From a config to the base model and its tokenizer."""

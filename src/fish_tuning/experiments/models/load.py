@@ -1,4 +1,4 @@
-"""The tokenizer and the classification model that a config names."""
+"""Load the tokenizer and the classification model that a config names."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _HEADS = ["classifier", "score", "classification_head"]
 
 
 def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> Any:
-    """Load the tokenizer; it has a pad token afterwards.
+    """Load the tokenizer, with a pad token.
 
-    The pad token is the one that `config_overrides.pad_token_id` names, else the tokenizer's own,
-    else its end-of-sequence token, as decoders without a pad token are usually fine-tuned.
+    The pad token is the one that `config_overrides.pad_token_id` sets, or else the tokenizer's
+    own, or else its end-of-sequence token, as is usual for decoders without a pad token.
 
     Args:
         config: The model.
-        max_seq_length: The longest input that is going to be asked for.
+        max_seq_length: The length of the longest input, if the model should be checked for it.
 
     Raises:
         ConfigError: There is no such model, its tokenizer cannot be loaded or has no token to
-            pad with, or the model takes no inputs of that length.
+            pad with, or the model does not take inputs of that length.
     """
     source = _source(config)
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, source, config)
@@ -53,7 +53,7 @@ def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> An
         token = tokenizer.convert_ids_to_tokens(pad_id) if pad_id < len(tokenizer) else None
         if token is None:
             raise ConfigError(
-                f"model.config_overrides.pad_token_id: {pad_id} is none of the tokenizer's "
+                f"model.config_overrides.pad_token_id: {pad_id} is not among the tokenizer's "
                 f"{len(tokenizer)} tokens; name one of them"
             )
         tokenizer.pad_token = token
@@ -80,16 +80,17 @@ def model_config(
     label_names: Sequence[str] = (),
     task: Task = "classification",
 ) -> PretrainedConfig:
-    """Load the model's own config.json, with what the experiment sets in it.
+    """Load the model's config.json and apply the experiment's settings to it.
 
     Args:
         config: The model.
         num_labels: The number of the head's outputs.
         label_names: The classes in the order of their ids.
-        task: Chooses the loss.
+        task: Determines the loss.
 
     Raises:
-        ConfigError: There is no such model, or `config_overrides` holds a key it does not have.
+        ConfigError: There is no such model, or `config_overrides` has a key that its config lacks
+            or a value that it refuses.
     """
     known: PretrainedConfig = _loaded(AutoConfig, _source(config), config)
     for key, value in config.config_overrides.items():
@@ -101,7 +102,7 @@ def model_config(
             )
         try:
             setattr(known, key, value)
-        # What transformers raises for a value of the wrong type differs between its versions.
+        # transformers' versions raise different errors for a value of the wrong type.
         except Exception as error:
             raise ConfigError(
                 f"model.config_overrides.{key}: {value!r} is refused: {error}; correct it"
@@ -121,7 +122,7 @@ def meta_model(config: ModelConfig, num_labels: int) -> PreTrainedModel:
     """Build the model's architecture from its config.json alone: shapes without weights.
 
     Raises:
-        ConfigError: There is no such model, or none of its kind classifies sequences.
+        ConfigError: There is no such model, or transformers cannot use it to classify sequences.
     """
     own = model_config(config, num_labels)
     family: Any = AutoModelForSequenceClassification
@@ -136,18 +137,18 @@ def load_model(
     label_names: Sequence[str] = (),
     task: Task = "classification",
 ) -> PreTrainedModel:
-    """Load the model with a new head; whoever wants a certain head seeds torch before.
+    """Load the model with a new head, which is drawn from torch's current random state.
 
     Args:
         config: The model.
         tokenizer: Its tokenizer, whose pad token becomes the model's.
         num_labels: The number of the head's outputs.
         label_names: The classes in the order of their ids.
-        task: Chooses the loss.
+        task: Determines the loss.
 
     Raises:
-        ConfigError: There is no such model, it has no weights or is of no kind that classifies
-            sequences, or quantisation is not possible here.
+        ConfigError: There is no such model, it has no weights, transformers cannot use it to
+            classify sequences, or it cannot be quantized on this machine.
     """
     own = model_config(config, num_labels, label_names, task)
     own.pad_token_id = tokenizer.pad_token_id
@@ -166,7 +167,7 @@ def load_model(
 
 
 def _source(config: ModelConfig, *, weights: bool = False) -> str:
-    """The folder or hub id, checked to exist."""
+    """Return the folder or hub id, after checking that it exists."""
     if config.name == MINILM:
         try:
             return str(minilm_path())
@@ -179,7 +180,7 @@ def _source(config: ModelConfig, *, weights: bool = False) -> str:
 def _loaded(kind: Any, source: str, config: ModelConfig) -> Any:
     try:
         return kind.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    # The hub's clients, tokenizers and remote code share no base class for what they raise.
+    # Hub clients, tokenizers and remote code have no common base class for their errors.
     except Exception as error:
         what = "tokenizer" if kind is AutoTokenizer else "config.json"
         raise ConfigError(
@@ -193,7 +194,7 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
         model: PreTrainedModel = build()
     except torch.OutOfMemoryError:
         raise
-    # As in `_loaded`; a kind without a classification head is a plain ValueError.
+    # No common base class, see `_loaded`. A missing classification head is a plain ValueError.
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise ConfigError(
@@ -212,14 +213,14 @@ def _reason(error: Exception) -> str:
 
 
 def _longest_input(own: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that the model has positions for, as far as it says so."""
+    """Return the number of tokens that the model has positions for, as far as is known."""
     positions = getattr(own, "max_position_embeddings", None) or tokenizer.model_max_length
-    # RoBERTa counts positions from the padding index on; its tokenizer knows the difference.
+    # RoBERTa's positions start after the padding index; its tokenizer knows the real limit.
     return int(min(positions, tokenizer.model_max_length))
 
 
 def quantization_options(config: ModelConfig) -> dict[str, Any]:
-    """What from_pretrained needs to quantise the frozen weights; nothing where they are not.
+    """Return the arguments of from_pretrained that quantize the frozen weights, if any.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -235,7 +236,7 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
             "bnb_4bit_compute_dtype": _DTYPES[config.precision],
         }
     settings: Any = BitsAndBytesConfig
-    # The head is trained, so it is no number of four bits.
+    # The head is trained, so it is not quantized.
     return {
         "quantization_config": settings(llm_int8_skip_modules=_HEADS, **bits),
         "device_map": "auto",
@@ -243,14 +244,14 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep the 4-bit layers of a model on a processor such that gradients pass through them.
+    """Make sure that gradients pass through a model's 4-bit layers on a processor.
 
-    Where the processor has AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit layer for good when it
-    is first evaluated, for a kernel without a backward pass: training after an evaluation would
-    fail or, where layers have no bias, get no gradients through them.
+    On a processor with AVX512-BF16, bitsandbytes (0.50) permanently repacks a 4-bit layer when it
+    is first evaluated, for a kernel that has no backward pass. Training after an evaluation would
+    then fail or, if the layers have no bias, get no gradients through them.
 
     Args:
-        model: Any model; without 4-bit layers nothing happens.
+        model: Any model; nothing happens without 4-bit layers.
     """
     module: Any
     for module in model.modules():
