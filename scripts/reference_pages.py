@@ -12,6 +12,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 
 from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.sections import section_of
 from fish_tuning.experiments.report.csv_table import csv_columns
 from fish_tuning.experiments.report.write import CSV_FILE, HTML_FILE, MARKDOWN_FILE
 from fish_tuning.experiments.results import (
@@ -126,7 +127,7 @@ def configuration_page() -> str:
         schema = root if section is ExperimentConfig else root["$defs"][section.__name__]
         rows = []
         for name, field in section.model_fields.items():
-            below = _section_of(field.annotation)
+            below = section_of(field.annotation)
             if below is not None:
                 mark = "[]" if get_origin(field.annotation) is list else ""
                 queue.append((f"{path}.{name}{mark}".lstrip("."), below))
@@ -180,14 +181,6 @@ def _table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A table whose cells are Markdown already."""
     table = Table(headers, tuple(rows))
     return table.markdown(escape=lambda cell: cell.replace("|", "\\|"), numbers=False)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds, or holds a list of."""
-    for kind in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def _value(schema: dict[str, Any]) -> str:

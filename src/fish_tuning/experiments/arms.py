@@ -9,13 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fish_tuning.config import Criterion
-from fish_tuning.experiments.config.schema import (
-    ORIGINAL_LORA,
-    AdapterConfig,
-    ExperimentConfig,
-    PeerConfig,
-    VariantConfig,
-)
+from fish_tuning.experiments.config.adapters import AdapterConfig, PeerConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.selection import ORIGINAL_LORA, VariantConfig
 
 LORA_FA = "LoRA-FA"
 

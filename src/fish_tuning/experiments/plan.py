@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 
 from fish_tuning.experiments.arms import searched
-from fish_tuning.experiments.config.schema import ORIGINAL_LORA
+from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.models.counts import count_parameters
 from fish_tuning.experiments.runs.preflight import CheckedExperiment
 

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from fish_tuning.experiments.config.adapters import PeerConfig
 from fish_tuning.experiments.config.load import (
     ConfigError,
     ExperimentConfig,
     check_output_dir,
     load_config,
 )
-from fish_tuning.experiments.config.schema import PeerConfig
 from fish_tuning.experiments.config.training_args import DEFAULT_ARGS, argument_types, peft_methods
 from fish_tuning.experiments.config.yaml_file import parse_yaml
 

@@ -1,6 +1,6 @@
 """Write and load small local data sets."""
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.load import load_data
 
 TEXTS = [f"sentence number {i} of them" for i in range(12)]

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.load import load_data
 from fish_tuning.experiments.errors import ConfigError
 from tests.experiments.data.local_data import TEXTS, load, rows, write

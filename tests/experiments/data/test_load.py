@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.load import load_data, tokenize
 from tests.experiments.data.local_data import load, rows, write
 

@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import fish_tuning.experiments.data.splits as splits_module
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.load import load_data
 from fish_tuning.experiments.errors import ConfigError
 from tests.experiments.data.local_data import TEXTS, load, rows, write

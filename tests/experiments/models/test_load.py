@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, ViTConfig
 
-from fish_tuning.experiments.config.schema import ModelConfig
+from fish_tuning.experiments.config.model import ModelConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import (
     load_model,

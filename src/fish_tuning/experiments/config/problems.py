@@ -11,8 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fish_tuning.experiments.config.schema import ExperimentConfig, PeerConfig, VariantConfig
-from fish_tuning.experiments.config.training_args import FieldProblems, argument_types
+from fish_tuning.experiments.config.adapters import PeerConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.sections import FieldProblems, section_of
+from fish_tuning.experiments.config.selection import VariantConfig
+from fish_tuning.experiments.config.training_args import argument_types
 
 
 def describe(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
@@ -63,16 +66,8 @@ def _locate(details: ErrorDetails, raw: Any) -> tuple[str, str]:
         if schema is not None and isinstance(step, str) and step in schema.model_fields:
             field = schema.model_fields[step]
             hint = field.description or ""
-            schema = _section_of(field.annotation)
+            schema = section_of(field.annotation)
     return path.lstrip("."), hint
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the model of the section, or of the list of sections, that a field holds."""
-    for kind in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def _unknown_key(path: str) -> str:
@@ -99,7 +94,7 @@ def _known_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
     paths = []
     for name, field in schema.model_fields.items():
         paths.append(prefix + name)
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         if section is not None:
             mark = "[]" if section in (PeerConfig, VariantConfig) else ""
             paths += _known_paths(section, f"{prefix}{name}{mark}.")

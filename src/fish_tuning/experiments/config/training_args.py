@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from fish_tuning.experiments.config.sections import FieldProblems
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_ARGS: dict[str, Any] = {
@@ -53,18 +55,6 @@ _SIMPLE_TYPES: dict[str, Any] = {
     "bool | None": bool | None,
     "str | None": str | None,
 }
-
-
-class FieldProblems(ValueError):
-    """Several problems in one section of a config.
-
-    Args:
-        problems: What is wrong, by the path below that section.
-    """
-
-    def __init__(self, problems: Mapping[str, str]) -> None:
-        self.problems = dict(problems)
-        super().__init__("; ".join(f"{path}: {text}" for path, text in problems.items()))
 
 
 @functools.cache

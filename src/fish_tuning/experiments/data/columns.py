@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.tasks import KNOWN_TASKS
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
 
 _FORMATS = {

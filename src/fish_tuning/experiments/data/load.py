@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.columns import column, find_label_column, find_text_columns
 from fish_tuning.experiments.data.labels import LabelSpace, find_label_space
 from fish_tuning.experiments.data.splits import find_validation_split, load_split, open_splits

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from fish_tuning.experiments.config.schema import DatasetConfig
+from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.files import find_files, read_file
 from fish_tuning.experiments.errors import ConfigError
 

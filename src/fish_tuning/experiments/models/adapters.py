@@ -13,7 +13,9 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from fish_tuning.experiments.arms import LORA_FA, Arm, baseline
-from fish_tuning.experiments.config.schema import ORIGINAL_LORA, AdapterConfig, ExperimentConfig
+from fish_tuning.experiments.config.adapters import AdapterConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import meta_model
 from fish_tuning.names import side_of

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from fish_tuning.experiments.arms import Arm, ArmKey, baseline, planned
-from fish_tuning.experiments.config.schema import ORIGINAL_LORA, ExperimentConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
 from fish_tuning.selection.select import pool_and_quota

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from fish_tuning.experiments.config.schema import MINILM, ModelConfig
+from fish_tuning.experiments.config.model import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")

@@ -16,7 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from fish_tuning.experiments.config.schema import MINILM, ModelConfig
+from fish_tuning.experiments.config.model import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.find import check_model, check_quantization
 from fish_tuning.experiments.models.minilm import minilm_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fish_tuning.experiments.config.schema import ORIGINAL_LORA
+from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.report.arm_runs import percent
 from fish_tuning.experiments.report.comparison import (
     ArmSummary,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fish_tuning.experiments.config.schema import ORIGINAL_LORA
+from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.report.arm_runs import ArmRuns, baseline_of, group_runs
 from fish_tuning.experiments.report.statistics import (
     Difference,

@@ -1,0 +1,34 @@
+"""The section `model`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fish_tuning.experiments.config.sections import Section
+from fish_tuning.experiments.config.values import Text
+
+MINILM = "minilm"
+"""The `model.name` of the MiniLM that is installed as a wheel."""
+
+
+class ModelConfig(Section):
+    """The model that is fine-tuned."""
+
+    name: Text = Field(description="Hub id, local folder, or `minilm` for the packaged MiniLM.")
+    config_overrides: dict[str, Any] = Field(
+        default={}, description="Values of the model's own config to set, such as pad_token_id."
+    )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        default="float32", description="Type of the frozen weights; adapters stay in float32."
+    )
+    attn_implementation: (
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = Field(default=None, description="How attention is computed; if null, transformers chooses.")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="Quantise the frozen weights; needs bitsandbytes."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the code in the model's repository."
+    )
