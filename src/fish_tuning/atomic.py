@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Write files and folders so that an interruption leaves no half-written ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; an earlier one stays until then."""
+    """Write a file completely or not at all; an earlier file stays until it is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -20,14 +20,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_new_folder_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files, by their names, whole or not at all.
+    """Write a folder completely or not at all.
+
+    Args:
+        folder: The folder; it must not exist, or be empty.
+        files: The contents of its files, by name.
 
     Raises:
-        FileExistsError: There is something of that name that is not an empty folder.
+        FileExistsError: Something of that name exists that is not an empty folder.
     """
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is no empty folder: name a new one")
+        raise FileExistsError(f"{folder} exists and is not an empty folder: name a new one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -685,7 +685,7 @@ def test_existing_targets(small, tmp_path):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
-        with pytest.raises(FileExistsError, match=f"{name} exists and is no empty folder"):
+        with pytest.raises(FileExistsError, match=f"{name} exists and is not an empty folder"):
             unpack(small / "packed", tmp_path / name, start=small / "start")
     with pytest.raises(FileExistsError, match="file exists: name a new file"):
         pack(small / "saved", tmp_path / "file", start=small / "start")

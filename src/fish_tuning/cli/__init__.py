@@ -1,4 +1,4 @@
-"""The command line. Nothing that is slow to import is imported before a command needs it."""
+"""The command line. Modules that are slow to import are imported only when a command needs them."""
 
 from typing import Annotated
 
@@ -18,7 +18,7 @@ main = typer.Typer(
     help="Train exactly the k parameters with the most Fisher information, and compare with LoRA.",
     no_args_is_help=True,
     add_completion=False,
-    # An error of the user's is one message; the traceback of any other is worth reading whole.
+    # A user's mistake is one message (see `user_errors`); other errors need the full traceback.
     pretty_exceptions_enable=False,
 )
 
@@ -39,7 +39,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    # Of several processes, one is enough for what does not train.
+    # Only training needs more than one of the processes that a launcher started.
     if process_rank() > 0 and context.invoked_subcommand != "run":
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""`python -m fish_tuning.cli`, where the script is not on the path."""
+"""`python -m fish_tuning.cli`, for when the command is not on the path."""
 
 from fish_tuning.cli import main
 

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, and what they say when something is wrong."""
+"""Shared by the commands: where they print, and how they report errors."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ Overrides = Annotated[
 
 
 def process_rank() -> int:
-    """The number of this process among those that a launcher has started together, or 0."""
+    """Return the rank of this process among those that a launcher started; 0 for a single one."""
     return int(os.environ.get("RANK", 0))
 
 
 def stdout() -> Console:
-    """What a command was asked for."""
+    """Return the console for a command's result."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
 def say(message: str) -> None:
-    """Say something beside the result, on stderr, as it stands."""
+    """Print a message on stderr, without markup."""
     from rich.console import Console
 
-    # Unwrapped: paths and values in messages are there to be copied and searched for.
+    # Not wrapped, so that paths and values can be copied and searched for.
     Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what a user can mend into one message and exit code 2.
+    """Report errors that the user can fix as one message, with exit code 2.
 
-    The library's warnings are shown meanwhile, each once.
+    Within the context, each of the library's warnings is printed once.
     """
     logger = logging.getLogger("fish_tuning")
     notices = _Notices(logging.WARNING)
@@ -84,21 +84,21 @@ def user_errors() -> Iterator[None]:
 
 
 class _Notices(logging.Handler):
-    """Prints a warning of the library on stderr, once however often it is logged."""
+    """Prints each of the library's warnings on stderr once, however often it is logged."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self.said: set[str] = set()
+        self.printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self.said and process_rank() == 0:
-            self.said.add(message)
+        if message not in self.printed and process_rank() == 0:
+            self.printed.add(message)
             say(f"note: {message}")
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices off the terminal; call before importing them."""
+    """Turn off the libraries' own progress bars and notices; call before importing them."""
     for name, value in {
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
