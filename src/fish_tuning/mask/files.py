@@ -61,13 +61,7 @@ class _Record(BaseModel):
 
 
 def write_mask(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-    """Write the two files into a folder, which is created if it does not exist.
-
-    Args:
-        folder: Any mask files already in it are replaced, each of them atomically.
-        tensors: Boolean tensors by parameter name.
-        provenance: How the mask was made, as values that JSON can hold.
-    """
+    """Write the two files of a mask; see `FishMask.save_pretrained`."""
     bits = np.concatenate([np.packbits(t.cpu().numpy().reshape(-1)) for t in tensors.values()])
     entries = [
         {"name": name, "shape": list(tensor.shape), "num_selected": count(tensor)}
@@ -118,21 +112,13 @@ def find_mask_file(
 def read_mask(
     record_content: bytes, bits_content: bytes, record_path: Path, bits_path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the contents of the two files, which may be damaged or come from a stranger.
+    """Read the contents of the two files; see `FishMask.from_bytes`.
 
-    Nothing larger than the files is allocated before they have been checked.
-
-    Args:
-        record_content: Content of `fish_mask.json`.
-        bits_content: Content of `fish_mask.safetensors`.
-        record_path: What error messages call the first file.
-        bits_path: What error messages call the second file.
+    They may be damaged or come from a stranger: nothing larger than the files is allocated before
+    they have been checked.
 
     Returns:
         The boolean tensors by parameter name, on the CPU, and the provenance.
-
-    Raises:
-        ValueError: A file is damaged, has another format version, or does not match the other.
     """
     record = _read_record(record_path, record_content)
     bits = _read_bits(bits_path, bits_content)

@@ -116,11 +116,7 @@ def _other_start(packed: PackedFile, path: Path, problem: str) -> ValueError:
 
 
 def check_shape(slot: Slot, name: str | None, mask: FishMask) -> None:
-    """Check that the mask lists a tensor, if it has a name in it, with the shape of the weights.
-
-    Raises:
-        ValueError: The mask lists it with another shape, or not at all.
-    """
+    """Check that the mask lists a tensor with its shape in the weights, if it has a name there."""
     """Refuse a tensor whose mask has another shape.
 
     Raises:
@@ -144,18 +140,11 @@ def selected_entries(slot: Slot, name: str | None, mask: FishMask) -> NDArray[np
 def entries_of(slot: Slot, tensors: Mapping[str, Tensor], rounded: Rounding | None) -> Words | None:
     """Return a tensor's entries before training, flattened and in the type of the weights file.
 
-    Args:
-        slot: The tensor.
-        tensors: The tensors before training. A checkpoint of a model without a head may lack the
-            first part of the names ("bert.").
-        rounded: A type to round to first: a model in half precision rounds its new adapter, which
-            PEFT then keeps in float32.
-
-    Returns:
-        The entries, or None if there is no such tensor of this shape.
+    The result is None if `tensors` holds no such tensor of this shape.
     """
     if (tensor := _find(slot, tensors)) is None:
         return None
+    # A model in half precision rounds its new adapter, which PEFT then keeps in float32.
     if rounded is not None:
         tensor = tensor.to(getattr(torch, rounded))
     flat = tensor.detach().cpu().to(slot.dtype).contiguous().reshape(-1)
@@ -164,5 +153,6 @@ def entries_of(slot: Slot, tensors: Mapping[str, Tensor], rounded: Rounding | No
 
 
 def _find(slot: Slot, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    # The checkpoint of a model without a head lacks the first part of the names ("bert.").
     tensor = tensors.get(slot.name, tensors.get(slot.name.partition(".")[2]))
     return tensor if tensor is not None and tuple(tensor.shape) == slot.shape else None

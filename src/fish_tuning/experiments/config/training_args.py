@@ -45,16 +45,8 @@ _SET_ELSEWHERE = {
     "resume_from_checkpoint": "nothing: a rerun of the command resumes by itself",
 }
 
-_SIMPLE_TYPES: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str": str,
-    "int | None": int | None,
-    "float | None": float | None,
-    "bool | None": bool | None,
-    "str | None": str | None,
-}
+_SIMPLE_TYPES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, bool, str)}
+_SIMPLE_TYPES |= {f"{name} | None": kind | None for name, kind in _SIMPLE_TYPES.items()}
 
 
 @functools.cache
