@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-deepspeed test-adapters fuzz bench bench-gpu lint clean
+.PHONY: help quickstart test test-all test-slow test-numeric test-deepspeed test-adapters test-oldest fuzz bench bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,14 @@ test: lint ## lint and the quick tests
 
 test-all: lint ## lint and every test, the slow ones too
 	$(PYTEST) -m "slow or not slow"
+
+test-slow: $(STAMP) ## the slow tests alone
+	$(PYTEST) -m slow
+
+# Set ATEN_CPU_CAPABILITY to `default` or `avx2` for the kernels of an older processor.
+NUMERIC := per_example scoring selection sparse
+test-numeric: $(STAMP) ## what depends on the processor's instructions
+	$(PYTEST) $(NUMERIC:%=tests/%) $(patsubst %,tests/test_%.py,methods families quantized trainer other_trainers distributed)
 
 # Not in .venv: accelerate imports DeepSpeed wherever it is installed, for whatever it does.
 WITH_DEEPSPEED := .venv-deepspeed
@@ -54,6 +62,18 @@ test-adapters: $(ADAPTERS)/.installed ## the adapters library, and this one on t
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ADAPTERS)/bin/python -m pytest -n 2 \
 		$(filter-out $(ELSEWHERE),$(wildcard tests/test_*.py $(CORE:%=tests/%/test_*.py)))
 
+# The lower bounds of pyproject.toml. What the command line alone needs is not installed.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+OLDEST_TESTS := per_example scoring selection sparse packing mask/test_mask.py test_package.py test_names.py \
+	test_config.py test_fish_model.py test_families.py test_trainer.py
+test-oldest: $(OLDEST)/.installed ## the core on the oldest allowed versions
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n 2 $(OLDEST_TESTS:%=tests/%)
+
 fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 	$(BIN)/python -m tests.fuzz 600
 
@@ -73,5 +93,5 @@ lint: $(STAMP) ## ruff, mypy, and the direction of imports
 	$(BIN)/lint-imports
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(WITH_DEEPSPEED) $(ADAPTERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WITH_DEEPSPEED) $(ADAPTERS) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,11 +3,16 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import fish_tuning
 
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(fish_tuning.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION, LARGEST_PACKAGE = 400, 60, 2000
@@ -34,6 +39,19 @@ def test_import_takes_no_torch():
     """Guards the command line's --help against a second of imports."""
     program = "import fish_tuning, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """Guards against a lower bound that no test has ever run with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    pinned = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = {Requirement(line) for line in pinned if not line.startswith("#")}
+    versions = {r.name: next(iter(r.specifier)).version for r in tested}
+    assert versions.keys() >= {Requirement(line).name for line in wanted}
+    for requirement in map(Requirement, wanted):
+        (bound,) = requirement.specifier
+        assert Version(versions[requirement.name]) == Version(bound.version), requirement.name
 
 
 def lines_of(function):
