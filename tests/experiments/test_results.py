@@ -25,8 +25,8 @@ def test_results_come_back_as_written(tmp_path):
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ('{"format_version": 1, "runs": [', "is not whole JSON"),
-        ("[" * 100_000, "is not whole JSON"),
+        ('{"format_version": 1, "runs": [', "is not complete JSON"),
+        ("[" * 100_000, "is not complete JSON"),
         ('{"format_version": 2}', "has format_version 2"),
         ('{"format_version": 1, "name": "x", "config": {}, "runs": [{}]}', "runs.0"),
         ('["no", "object"]', "no results file"),

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its record, and the files that hold records."""
+"""The record of a run, and the JSON files that hold records."""
 
 from __future__ import annotations
 
@@ -18,103 +18,109 @@ RUN_FILE = "result.json"
 
 
 class _Record(BaseModel):
-    # A training that diverged has metrics that JSON has no number for.
+    # The metrics of a training that diverged are NaN or infinite, which JSON has no number for.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TensorDensity(_Record):
-    """How much of one adapter tensor a mask selects."""
+    """How many entries of one tensor a mask selects."""
 
     name: str = Field(description="Parameter name in the PEFT model.")
-    selected: int = Field(description="Entries that are trained.")
-    entries: int = Field(description="Entries of the tensor.")
+    selected: int = Field(description="Number of entries that are trained.")
+    entries: int = Field(description="Number of entries in the tensor.")
 
 
 class ScoreHistogram(_Record):
-    """The scores of one kind of tensor."""
+    """Distribution of the scores of one kind of tensor."""
 
     kind: str = Field(description="lora_A, lora_B or other.")
-    zeros: int = Field(description="Entries whose score is 0.")
+    zeros: int = Field(description="Number of entries whose score is 0.")
     log10_edges: list[float] = Field(
-        description="Bin edges: log10 of the score, one more than counts."
+        description="Bin edges, as log10 of the score; one more than counts."
     )
-    counts: list[int] = Field(description="Entries in each bin.")
+    counts: list[int] = Field(description="Number of entries in each bin.")
 
 
 class Run(_Record):
     """One arm at one budget with one seed."""
 
-    run_id: str = Field(description="Folder name under runs/; arm, ratio, seed and config digest.")
+    run_id: str = Field(
+        description="Folder name under runs/, made of arm, ratio, seed and config digest."
+    )
     arm: str = Field(description="Name of the arm, such as LoRA-FISH.")
     ratio: float | None = Field(
-        description="Budget as a fraction of the baseline; null: no budget."
+        description="Budget as a fraction of the baseline's count; null for arms without a budget."
     )
     seed: int = Field(description="Seed of weights, data order and selection.")
     learning_rate: float | None = Field(
         default=None,
-        description="Chosen or tried by the search for learning rates; null: the config's.",
+        description="The rate that the search chose or tried; null if the config's own was used.",
     )
     held_out: int | None = Field(
         default=None,
-        description="Training examples that a run of the search was evaluated on; null: the "
-        "validation split.",
+        description="In a run of the search, the number of training examples it was evaluated on; "
+        "null if it was the validation split.",
     )
     status: Literal["finished", "failed"] = Field(description="How the run ended.")
     error: str | None = Field(default=None, description="Why a failed run failed.")
     config: dict[str, Any] = Field(description="The resolved experiment config.")
     budget: int | None = Field(
-        default=None, description="Parameters the arm was to train, head included."
+        default=None, description="Number of parameters the arm had to train, head included."
     )
-    trainable_params: int | None = Field(default=None, description="Scalars the optimizer held.")
+    trainable_params: int | None = Field(
+        default=None, description="Number of scalars the optimizer held."
+    )
     changed_params: int | None = Field(
-        default=None, description="Scalars that differ from the start when training ended."
+        default=None,
+        description="Number of scalars that differed from the start when training ended.",
     )
     total_params: int | None = Field(
-        default=None, description="All parameters of the model, adapter included."
+        default=None, description="Number of all parameters of the model, adapter included."
     )
     main_metric: str | None = Field(default=None, description="The metric that reports compare.")
     metrics: dict[str, float] = Field(
-        default={}, description="Metrics of the model that was kept, and eval_loss."
+        default={}, description="eval_loss and metrics of the final model."
     )
     curve: list[dict[str, float]] = Field(
-        default=[], description="Metrics by step: step, epoch, eval_loss, metrics."
+        default=[], description="One entry per evaluation: step, epoch, eval_loss and metrics."
     )
     train_curve: list[dict[str, float]] = Field(
-        default=[], description="Training loss by step: step, loss."
+        default=[], description="One entry per log step: step and training loss."
     )
     train_seconds: float | None = Field(
-        default=None, description="Training without evaluation, saving, scoring."
+        default=None, description="Seconds of training, without evaluation, saving and scoring."
     )
     score_seconds: float | None = Field(
-        default=None, description="Scoring and selecting; 0 for unmasked arms."
+        default=None, description="Seconds of scoring and selecting; 0 for arms without a mask."
     )
     peak_memory_bytes: int | None = Field(
-        default=None, description="Highest memory during training."
+        default=None, description="Peak memory during training, in bytes."
     )
     peak_memory_of: str | None = Field(
-        default=None, description="What that is measured on: process or cuda:0."
+        default=None, description="Where peak memory was measured: process or cuda:0."
     )
     adapter_bytes: int | None = Field(
-        default=None, description="Size of the adapter's weight file."
+        default=None, description="Size of the adapter's weight file, in bytes."
     )
     adapter: str | None = Field(
-        default=None, description="Folder of adapter and mask, relative to results.json."
+        default=None, description="Folder of the adapter and its mask, relative to results.json."
     )
     mask_density: list[TensorDensity] = Field(
-        default=[], description="By adapter tensor; empty for unmasked arms."
+        default=[],
+        description="One entry per tensor of adapter and head; empty for arms without a mask.",
     )
     score_histograms: list[ScoreHistogram] = Field(
-        default=[], description="Distribution of the Fisher scores."
+        default=[], description="Distribution of the Fisher scores, by kind of tensor."
     )
-    versions: dict[str, str] = Field(default={}, description="Python and packages.")
+    versions: dict[str, str] = Field(default={}, description="Versions of Python and packages.")
     commit: str | None = Field(
         default=None, description="Git commit of the working folder, -dirty if changed."
     )
     hardware: dict[str, Any] = Field(
         default={}, description="Processor, memory, accelerator, system."
     )
-    started_at: str = Field(description="UTC, ISO 8601.")
-    finished_at: str = Field(description="UTC, ISO 8601.")
+    started_at: str = Field(description="Start time in UTC, ISO 8601.")
+    finished_at: str = Field(description="End time in UTC, ISO 8601.")
 
 
 class Results(_Record):
@@ -123,34 +129,34 @@ class Results(_Record):
     format_version: Annotated[int, Field(description="Version of this format.")] = FORMAT_VERSION
     name: str = Field(description="Name of the experiment: the config file's stem.")
     config: dict[str, Any] = Field(description="The resolved config of the sweep.")
-    runs: list[Run] = Field(description="In the order of the plan: budgets, seeds, arms.")
+    runs: list[Run] = Field(description="The runs, by budget, then seed, then arm.")
     search: list[Run] = Field(
         default=[],
-        description="The runs that chose the learning rates; evaluated on examples held out of "
-        "the training data.",
+        description="The runs that chose the learning rates, evaluated on examples held out of the "
+        "training data.",
     )
 
 
 def write_json(path: Path, record: BaseModel) -> None:
-    """Writes a record whole or not at all; an earlier file stays until then."""
+    """Write a record atomically: an earlier file stays until the new one is complete."""
     write_atomically(path, (record.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_results(path: Path) -> Results:
-    """Reads a `results.json`, or the one in a folder.
+    """Read a `results.json`, given its path or its folder.
 
     Raises:
-        ConfigError: There is none, it is damaged, or it is of another format version.
+        ConfigError: The file is missing, damaged, or of another format version.
     """
     path = path / RESULTS_FILE if path.is_dir() else path
     return _read(path, Results)
 
 
 def read_run(path: Path) -> Run:
-    """Reads the record of one run.
+    """Read the record of one run.
 
     Raises:
-        ConfigError: As in `read_results`.
+        ConfigError: The file is missing, damaged, or of another format version.
     """
     return _read(path, Run)
 
@@ -160,7 +166,8 @@ R = TypeVar("R", Results, Run)
 
 def _read(path: Path, kind: type[R]) -> R:
     try:
-        # Stricter than json: what it accepts, a lone surrogate say, can be written again.
+        # Stricter than json.loads: it refuses what could not be written again, such as half of a
+        # surrogate pair.
         content = from_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(
@@ -168,7 +175,7 @@ def _read(path: Path, kind: type[R]) -> R:
         ) from None
     except ValueError as error:
         raise ConfigError(
-            f"{path}: is not whole JSON ({error}); run the experiment again"
+            f"{path}: is not complete JSON ({error}); run the experiment again"
         ) from None
     version = FORMAT_VERSION
     if isinstance(content, dict):

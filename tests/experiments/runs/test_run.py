@@ -1,6 +1,5 @@
 """Sweeps: what is trained, what is recorded, and what survives."""
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 
@@ -20,6 +20,7 @@ from fish_tuning.experiments.models.counts import ParameterCounts
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from fish_tuning.experiments.results import RESULTS_FILE, read_results
 from fish_tuning.experiments.runs import prepare, training
+from fish_tuning.experiments.runs.record import LOCK_FILE
 from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
 
@@ -250,7 +251,7 @@ def test_a_change_outside_of_the_mask_fails_the_run(files, tmp_path, monkeypatch
     results = run_experiment(experiment(*files, tmp_path, **FEW_ARMS), name="e")
     assert results.runs[0].status == "finished"  # dense: all of A may move
     assert results.runs[1].status == "failed"
-    assert "scalars changed that were not to be trained, in base_model" in results.runs[1].error
+    assert "scalars changed that should have stayed frozen, in base_model" in results.runs[1].error
 
 
 def test_ctrl_c_leaves_what_is_finished(files, tmp_path, monkeypatch):
@@ -270,11 +271,13 @@ def test_ctrl_c_leaves_what_is_finished(files, tmp_path, monkeypatch):
 
 
 def test_two_sweeps_in_one_folder(files, tmp_path):
-    """Guards two processes against writing over each other."""
-    with (tmp_path / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process is running an experiment"):
+    """Guards two processes against writing over each other: the second one fails at once."""
+    with FileLock(tmp_path / LOCK_FILE):
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="another process is running an experiment") as raised:
             run_experiment(experiment(*files, tmp_path), name="e")
+        assert time.monotonic() - began < 5
+    assert repr(str(tmp_path)) in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which checkpoint an interrupted run can go on from."""
+"""Checkpoints: which one an interrupted run can resume from."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ _ADAPTER = "adapter_model.safetensors"
 
 
 class DatedByStep(TrainerCallback):
-    """Dates each checkpoint by its step: Trainer deletes those of the earliest date.
+    """Sets the date of each checkpoint to its step.
 
-    A clock that was put back would else have it delete the newest one.
+    Trainer deletes the checkpoints with the earliest dates, which would be the newest ones if the
+    clock was put back.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Dates the checkpoint that has just been written."""
+        """Set the date of the checkpoint that has just been written."""
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if path.is_dir():
             os.utime(path, (state.global_step, state.global_step))
 
 
 def newest_complete(folder: Path, *, masked: bool, processes: int = 1) -> Path | None:
-    """Find the newest checkpoint that training can go on from; remove those that it cannot.
+    """Find the newest checkpoint that training can resume from, and delete damaged ones.
 
-    A process may be killed at any moment, also while it writes a checkpoint or deletes one.
+    A process may be killed at any moment, even while it writes or deletes a checkpoint.
 
     Args:
         folder: The output folder of a transformers Trainer.
-        masked: Whether a mask belongs to each checkpoint.
-        processes: How many processes are to go on: as many have to have left their random states.
+        masked: Whether each checkpoint must hold a mask.
+        processes: The number of processes that will resume. Each of them must have left its random
+            state.
 
     Returns:
         The checkpoint's folder, or None.
@@ -56,7 +58,7 @@ def newest_complete(folder: Path, *, masked: bool, processes: int = 1) -> Path |
         problem = _problem(path, masked, processes)
         if problem is None:
             return path
-        logger.info("%s is left out: %s", path, problem)
+        logger.info("%s is deleted: %s", path, problem)
         shutil.rmtree(path, ignore_errors=True)
     return None
 
@@ -65,7 +67,7 @@ def _problem(path: Path, masked: bool, processes: int) -> str | None:
     try:
         state = json.loads((path / "trainer_state.json").read_bytes())
         if state["global_step"] >= state["max_steps"]:
-            # Resumed at the end of training, in the middle of an epoch, Trainer takes a step more.
+            # Resumed from there, Trainer would take another step if it is not the end of an epoch.
             return "it is the end of training"
         states = [f"rng_state_{rank}.pth" for rank in range(processes)]
         if processes == 1:
@@ -79,7 +81,7 @@ def _problem(path: Path, masked: bool, processes: int) -> str | None:
             FishMask.from_pretrained(path)
         if state["best_model_checkpoint"] is not None:
             _open_adapter(Path(state["best_model_checkpoint"]))
-    # What the readers of JSON and of archives raise over damage is a long list.
+    # The readers of JSON and archives raise many kinds of errors for damaged files.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

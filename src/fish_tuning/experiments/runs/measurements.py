@@ -1,4 +1,4 @@
-"""What is measured while a run trains: scalars trained and changed, seconds, memory, loss."""
+"""What is measured while a run trains: parameters trained and changed, time, memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 Report = Callable[[int, int, float | None], None]
-"""Called with steps done, steps in all and the last training loss."""
+"""Called with the number of steps done, the total number of steps and the last training loss."""
 
 
 class CountError(RuntimeError):
-    """A run did not train what it was to train."""
+    """A run did not train exactly the parameters of its budget."""
 
 
 class Measurements(TrainerCallback):
-    """Measures a training from the inside of a transformers Trainer.
+    """Measures a training from inside a transformers Trainer.
 
-    - The scalars that the optimizer holds have to be the budget.
-    - The scalars that differ from the start when training ends are counted before the best
-      checkpoint takes their place.
-    - Seconds go on between the checkpoints of an interrupted training: a log entry beside each
-      checkpoint carries them.
+    - The optimizer must hold exactly the budget's number of scalars.
+    - The scalars that training changed are counted after its last step, before the best checkpoint
+      is loaded.
+    - Training time adds up over interruptions: each checkpoint comes with a log entry that holds
+      the seconds so far.
 
     Args:
-        start: The tensors that the arm may train, by name, as they are before training.
-        budget: How many scalars the arm is to train.
-        report: Told of every step.
+        start: Copies of the adapter's and head's tensors before training, by name.
+        budget: The number of scalars that the arm must train.
+        report: Called at every step.
     """
 
     def __init__(self, start: Mapping[str, Tensor], budget: int, report: Report) -> None:
@@ -45,10 +45,10 @@ class Measurements(TrainerCallback):
         self._running_since: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts what the optimizer holds, and takes up what an interrupted training left.
+        """Count what the optimizer holds, and continue what an interrupted training measured.
 
         Raises:
-            CountError: It is not the budget.
+            CountError: The count is not the budget.
         """
         groups = kwargs["optimizer"].param_groups
         self.trainable = sum(p.numel() for group in groups for p in group["params"])
@@ -66,12 +66,12 @@ class Measurements(TrainerCallback):
             self._compare(kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lets the clock go on, at the start and after an evaluation or a checkpoint."""
+        """Start the clock if it is stopped: at first, and after an evaluation or a checkpoint."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reports, and takes the last step's weights."""
+        """Report, and after the last step compare the weights with the start."""
         self._pause_before_others(state, control)
         if state.global_step >= state.max_steps:
             self._compare(kwargs["model"])
@@ -79,62 +79,62 @@ class Measurements(TrainerCallback):
         self.report(state.global_step, state.max_steps, next(losses, None))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As at the end of a step."""
+        """Stop the clock if an evaluation or a checkpoint follows."""
         self._pause_before_others(state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the seconds where the checkpoint that may follow keeps them."""
+        """Add time and memory to the log entry, which a checkpoint will hold."""
         self._lap()
         state.log_history[-1]["train_seconds"] = self.seconds
         state.log_history[-1]["peak_memory_bytes"] = self.memory.peak
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._running_since = None
 
     def changed_counts(self) -> dict[str, int]:
-        """Scalars that differ from the start, by tensor."""
+        """Number of scalars that differ from the start, by tensor."""
         return {name: int(bits.sum()) for name, bits in self.changed.items()}
 
     def check_inside(self, mask: Mapping[str, Tensor] | None, trainable: Iterable[str]) -> None:
-        """Check that nothing moved but what was to be trained.
+        """Check that training changed nothing outside the mask or the trainable tensors.
 
         Args:
             mask: The mask of a masked arm.
             trainable: Names of the tensors that an arm without a mask trains.
 
         Raises:
-            CountError: Something did, or training did not reach its end.
+            CountError: Training changed something else, or ended early.
         """
         if not self.changed:
             raise CountError("training ended before its last step")
-        whole = set(trainable)
+        dense = set(trainable)
         outside = {}
         for name, bits in self.changed.items():
             if mask is not None and name in mask:
                 bits = bits & ~mask[name].cpu()
-            elif mask is None and name in whole:
+            elif mask is None and name in dense:
                 continue
             if bits.any():
                 outside[name] = int(bits.sum())
         if outside:
             raise CountError(
-                f"{sum(outside.values()):,} scalars changed that were not to be trained, in "
+                f"{sum(outside.values()):,} scalars changed that should have stayed frozen, in "
                 f"{', '.join(list(outside)[:3])}"
             )
 
     def _compare(self, model: nn.Module) -> None:
         now = tensors_of(model, self.start)
         self.changed = {
-            # Bits, not values: an entry that became NaN has changed once, not with every look.
+            # NaN differs from itself: an entry that was NaN before has not changed.
             name: (now[name].cpu() != before) & ~(now[name].cpu().isnan() & before.isnan())
             for name, before in self.start.items()
         }
 
     def _pause_before_others(self, state: Any, control: Any) -> None:
         if control.should_save:
-            # A log entry beside every checkpoint: the training loss since the last one would
-            # else be lost with the process, and the curve of a resumed run differ.
+            # Log with every checkpoint. Otherwise the training loss since the last log entry would
+            # be lost in an interruption, and the resumed run's curve would differ.
             control.should_log = True
         if control.should_evaluate or control.should_save:
             self._lap()
@@ -150,21 +150,21 @@ class Measurements(TrainerCallback):
 
 
 def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """A model's tensors by name, whether they are parameters or a mask has made them buffers."""
+    """A model's tensors by name. A mask turns parameters into buffers, so look among both."""
     found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: found[name].detach() for name in names}
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of a model's tensors in main memory."""
+    """Copy a model's tensors to main memory."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors_of(model, names).items()}
 
 
 class PeakMemory:
-    """The highest memory while it is entered: of the accelerator if there is one.
+    """Measures the peak memory inside a `with` block: of the accelerator, if there is one.
 
-    Without one it is the resident memory of the process, looked at fifty times a second. It holds
-    the interpreter and all libraries, and what earlier runs of the process have not given back.
+    Without an accelerator it samples the process's resident memory 50 times per second. That
+    includes the interpreter, all libraries, and what earlier runs have not freed.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class PeakMemory:
 
     @property
     def peak(self) -> int:
-        """The highest memory so far, in bytes."""
+        """The peak so far, in bytes."""
         if self.of != "process":
             self._peak = max(self._peak, torch.cuda.max_memory_allocated())
         return self._peak

@@ -1,4 +1,4 @@
-"""Several processes that carry out one sweep: what one does for all, and what all know of each."""
+"""Several processes that carry out one sweep: one acts for all, and all learn of failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 PATIENCE = timedelta(seconds=60)
-"""How long a process whose run has failed waits for the others to fail too."""
+"""How long a process whose run failed waits for the others to fail too."""
 
 
 def count() -> int:
@@ -26,16 +26,16 @@ def is_main() -> bool:
 
 
 def in_main(make: Callable[[], T]) -> T:
-    """Call a function in the main process alone; all have to call this.
+    """Call a function in the main process alone. Every process must make this call.
 
     Args:
-        make: It returns what can be pickled.
+        make: The function; its result must be picklable.
 
     Returns:
-        What it has returned, in all processes.
+        Its result, in every process.
 
     Raises:
-        Exception: What it has raised, in all processes.
+        Exception: Its exception, in every process.
     """
     if count() == 1:
         return make()
@@ -53,17 +53,18 @@ def in_main(make: Callable[[], T]) -> T:
 
 
 def agree_on(error: Exception | None) -> Exception | None:
-    """Tell all processes whether one of them failed; all have to call.
+    """Tell all processes whether one of them failed. Every process must make this call.
 
     Args:
-        error: What was raised in this process.
+        error: The exception raised in this process, if any.
 
     Returns:
-        The error of this process or of the first one that has any; None if all went well.
+        This process's exception, or else one that names the first process that failed; None if
+        none failed.
 
     Raises:
-        Exception: The error of this process, where the others do not answer. They wait for it in
-            the middle of something: it has to end, so that its launcher ends them.
+        Exception: This process's exception, if the others do not answer. They are waiting for this
+            process in the middle of a step. It must end, so that the launcher ends them.
     """
     if count() == 1:
         return error
@@ -91,10 +92,10 @@ def end() -> None:
 
 @functools.cache
 def _groups() -> tuple[Any, Any]:
-    """Two groups beside the one that trains, which send objects from any device.
+    """Two groups beside the one that trains. On gloo, they can send objects from any device.
 
-    In the first, processes wait for the main one's work. In the second, those that went well meet
-    at once, as they have just saved together: who waits there for long waits for one that is
-    stuck.
+    In the first, processes wait for the main one's work, however long it takes. In the second, they
+    meet when a run ends. It times out after a minute: the processes have just saved together, so a
+    longer wait means that one of them is stuck.
     """
     return dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""The search for learning rates: an arm is compared at its own best one, not at another's."""
+"""The search for learning rates: every arm is compared at its own best rate."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ LOSS = "eval_loss"
 def chosen_learning_rates(
     runs: Iterable[Run], metric: str, greater_is_better: bool
 ) -> dict[ArmKey, float]:
-    """The learning rate of each arm and budget that did best on the held-out examples.
+    """Choose the learning rate of each arm and budget that did best on the held-out examples.
 
-    Values are compared by their mean over the seeds; where these are equal the lower loss decides,
-    then the lower learning rate. A value of which a run failed or diverged is not chosen.
+    Rates are compared by the mean of the metric over the seeds, then by the lower mean loss, then
+    by the lower rate. A rate is not chosen if one of its runs failed or diverged.
 
     Args:
         runs: The runs of the search.
-        metric: Name among their metrics.
-        greater_is_better: Of that metric.
+        metric: Name of one of their metrics.
+        greater_is_better: Whether greater values of the metric are better.
 
     Returns:
-        Name and ratio to learning rate; an arm with no value to choose is left out.
+        Learning rate by name and ratio; arms without an eligible rate are left out.
     """
     tried: dict[ArmKey, dict[float, list[Run]]] = {}
     for run in runs:
@@ -51,5 +51,5 @@ def chosen_learning_rates(
 
 
 def _mean(runs: list[Run], metric: str) -> float:
-    """Not finite where a run failed or has no such value."""
+    """The mean over runs; not finite if one of them failed or lacks the metric."""
     return math.fsum(run.metrics.get(metric, math.nan) for run in runs) / len(runs)

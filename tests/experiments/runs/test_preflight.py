@@ -1,0 +1,118 @@
+"""The preflight: everything is checked, read and counted once, and all problems are told."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from typer.testing import CliRunner
+
+from fish_tuning.cli import main
+from fish_tuning.experiments.config import yaml_file
+from fish_tuning.experiments.data import installed_text
+from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.models import adapters, counts
+from fish_tuning.experiments.results import read_results
+from fish_tuning.experiments.runs.preflight import check_experiment
+from tests.experiments.tiny_experiment import experiment, write_bert, write_data
+
+OPENED: Counter[str] = Counter()
+
+
+def count_opened(event, args):
+    if event == "open" and isinstance(args[0], str):
+        OPENED[args[0]] += 1
+
+
+# It stays for the rest of the process: Python has no way to remove an audit hook.
+sys.addaudithook(count_opened)
+
+
+def counted(calls, function):
+    """The function, with its calls counted by name."""
+
+    def wrapper(*args, **kwargs):
+        calls[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def sentences(*args, **kwargs):
+    """In place of the documentation of installed packages."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["torch", "scipy"])})
+    rows = {"text": [f"w{i} w{i + 1}" for i in range(30)], "label": [i % 2 for i in range(30)]}
+    split = Dataset.from_dict(rows, features=features)
+    return DatasetDict(train=split, validation=split.select(range(8)))
+
+
+def write_config(folder, **changes):
+    """A YAML file of the shape of the quickstart's, over a base file."""
+    config = experiment(write_bert(folder / "model"), folder / "train.csv", folder / "out")
+    content = config.model_dump(mode="json", exclude_unset=True) | changes
+    (folder / "base_config.yaml").write_text("lora: {dropout: 0.0}", encoding="utf-8")
+    file = folder / "tiny.yaml"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("source", ["files", "installed"])
+def test_a_run_reads_and_counts_once(source, tmp_path, monkeypatch):
+    """Guards the start of a run against a second parsing, reading or counting."""
+    data = [write_data(tmp_path / f"{name}.csv") for name in ("train", "dev")]
+    dataset = {"path": {"train": str(data[0]), "dev": str(data[1])}}
+    if source == "installed":
+        dataset = {"name": "installed_text", "num_labels": 2}
+    file = write_config(tmp_path, dataset=dataset)
+    calls: Counter[str] = Counter()
+    for module, function in (
+        (yaml_file, yaml_file.parse_yaml),
+        (installed_text, sentences),
+        (counts, adapters.adapted_without_weights),
+    ):
+        name = "load_installed_text" if function is sentences else function.__name__
+        monkeypatch.setattr(module, name, counted(calls, function))
+    OPENED.clear()
+    result = CliRunner().invoke(main, ["run", str(file)])
+    assert result.exit_code == 0, result.output
+    assert [run.status for run in read_results(tmp_path / "out").runs] == ["finished"] * 4
+    read = [file, tmp_path / "base_config.yaml", *(data if source == "files" else [])]
+    assert {path.name: OPENED[str(path)] for path in read} == {path.name: 1 for path in read}
+    assert calls == {
+        "parse_yaml": 2,  # the experiment and its base
+        "adapted_without_weights": 2,  # LoRA, and the adapter that the three masked arms share
+        **({"sentences": 1} if source == "installed" else {}),
+    }
+
+
+def test_all_problems_are_told(tmp_path):
+    """Guards users against fixing one mistake at a time."""
+    (tmp_path / "file").touch()
+    config = experiment(
+        tmp_path / "nowhere" / "at" / "all",
+        write_data(tmp_path / "data.csv"),
+        tmp_path / "file" / "out",
+        training={"args_override": {"eval_strategy": "evry"}},
+    )
+    with pytest.raises(ConfigError) as raised:
+        check_experiment(config)
+    keys = [problem.partition(":")[0] for problem in raised.value.problems]
+    assert keys == ["training.output_dir", "training.args_override.eval_strategy", "model.name"]
+    with pytest.raises(ConfigError) as raised:
+        check_experiment(config, to_train=False)
+    assert len(raised.value.problems) == 2
+
+
+def test_local_data_is_handed_on(tmp_path):
+    """Guards the examples that were read, and a plan against data it can do without."""
+    config = experiment(write_bert(tmp_path / "model"), write_data(tmp_path / "data.csv"), tmp_path)
+    checked = check_experiment(config)
+    assert checked.data is not None and len(checked.data.train) == 108
+    dataset = {"path": str(tmp_path / "gone.csv"), "num_labels": 2}
+    config = experiment(tmp_path / "model", Path("unused"), tmp_path, dataset=dataset)
+    with pytest.raises(ConfigError, match=r"there is no file '.*gone\.csv'"):
+        check_experiment(config)
+    planned = check_experiment(config, to_train=False)
+    assert planned.data is None and "gone.csv" in planned.data_problem
