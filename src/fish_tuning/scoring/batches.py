@@ -33,7 +33,8 @@ def batch_size(batch: Batch) -> int:
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)
-    raise ValueError(f"no tensor in a calibration batch: {_describe(batch)}")
+    names = f"keys {', '.join(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} items"
+    raise ValueError(f"no tensor in a calibration batch: {names}")
 
 
 def take(batch: Batch, rows: slice | Sequence[int]) -> Batch:
@@ -89,7 +90,7 @@ def without_padding(batch: Batch) -> Batch:
     assert isinstance(batch, Mapping)
     shape = batch["attention_mask"].shape
     return {
-        key: value[:, : max(lengths)] if _begins(value, shape) else value
+        key: value[:, : max(lengths)] if _is_per_token(value, shape) else value
         for key, value in batch.items()
     }
 
@@ -101,30 +102,31 @@ _BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 def _lengths(batch: Batch) -> list[int] | None:
     """The number of tokens of each example; None if the batch has no padding that can be cut."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(batch, Mapping) or not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     if not all(
         isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1] for value in batch.values()
     ):
         return None
-    real = mask != 0
-    wide = {key for key, value in batch.items() if _begins(value, mask.shape)}
-    labels = batch.get(LABELS)
-    if LABELS in wide and bool(((labels != IGNORED) & ~real).any()):
+    per_token = {key for key, value in batch.items() if _is_per_token(value, mask.shape)}
+    if not per_token <= _BY_TOKEN | {LABELS}:
         return None
-    if not wide <= _BY_TOKEN | {LABELS} or bool((real[:, 1:] & ~real[:, :-1]).any()):
+    real = mask != 0
+    padded_elsewhere = real[:, 1:] & ~real[:, :-1]
+    if bool(padded_elsewhere.any()):
+        return None
+    if LABELS in per_token and bool(((batch[LABELS] != IGNORED) & ~real).any()):
         return None
     lengths: list[int] = real.sum(1).tolist()
     return lengths if 0 < min(lengths) < mask.shape[1] else None
 
 
-def _begins(value: Any, shape: Sequence[int]) -> bool:
+def _is_per_token(value: Any, shape: Sequence[int]) -> bool:
+    """Whether a value has an entry for each token of a mask of this shape."""
     return isinstance(value, Tensor) and value.shape[:2] == shape
-
-
-def _describe(batch: Batch) -> str:
-    return f"keys {', '.join(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} items"
 
 
 def _base_of(model: Any) -> Any:
