@@ -217,7 +217,7 @@ def test_bad_configs(project, text, message):
         ("inspect no_config", r"no_config: has no fish_mask\.json, nor do its subfolders; name"),
         ("report no_config", r"results\.json: cannot be read .*name a results folder"),
         ("report data.csv", r"data\.csv: is not complete JSON"),
-        ("report no_config only_config", "--output: is needed for a report over 2 sweeps"),
+        ("report no_config only_config", "--output: is required for a report over 2 sweeps"),
         ("rnu", "No such command 'rnu'"),
     ],
 )

@@ -10,8 +10,7 @@ import typer
 from fish_tuning.cli.terminal import quiet_libraries, say, stdout, user_errors
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from fish_tuning.experiments.tables import Table
     from fish_tuning.packing import PackReport
 
 Start = Annotated[
@@ -67,7 +66,7 @@ def pack(
         from fish_tuning.packing import pack as pack_folder
 
         report = pack_folder(folder, file, seed=seed, start=start, base_model=base)
-        stdout().print(_table(report))
+        stdout().print(_table(report).terminal())
         ratio = report.packed_bytes / max(1, report.weights_bytes)
         stdout().print(
             f"{file}: {report.packed_bytes:,} bytes, {ratio:.1%} of the {report.weights_bytes:,} "
@@ -105,15 +104,13 @@ def unpack(
 
 
 def _table(report: PackReport) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from fish_tuning.experiments.tables import Table
 
-    table = Table("entries", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("count", "bytes"):
-        table.add_column(column, justify="right")
-    for kind, name in _ROW_NAMES.items():
-        if report.entries[kind]:
-            table.add_row(name, f"{report.entries[kind]:,}", f"{report.sizes.get(kind, 0):,}")
+    rows = [
+        (name, f"{report.entries[kind]:,}", f"{report.sizes.get(kind, 0):,}")
+        for kind, name in _ROW_NAMES.items()
+        if report.entries[kind]
+    ]
     other = report.packed_bytes - sum(report.sizes.values())
-    table.add_row("mask, names, configs", "", f"{other:,}")
-    return table
+    rows.append(("mask, names, configs", "", f"{other:,}"))
+    return Table(("entries", "count", "bytes"), tuple(rows))

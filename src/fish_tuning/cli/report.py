@@ -15,9 +15,7 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to write to; by default the one folder itself.", show_default=False
-        ),
+        typer.Option(help="Folder to write to; required for several sweeps.", show_default=False),
     ] = None,
 ) -> None:
     """Rebuild the report of one sweep, or write one over several."""
@@ -27,8 +25,8 @@ def report(
 
         if output is None and len(folders) > 1:
             raise ConfigError(
-                f"--output: is needed for a report over {len(folders)} sweeps, which belongs to "
-                "none of their folders; add --output DIR"
+                f"--output: is required for a report over {len(folders)} sweeps, which belongs "
+                "to none of their folders; add --output DIR"
             )
         results = [read_results(folder) for folder in folders]
         home = folders[0] if folders[0].is_dir() else folders[0].parent

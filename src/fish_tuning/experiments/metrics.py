@@ -1,4 +1,4 @@
-"""Metrics by task, as GLUE defines them, with nothing to download."""
+"""Metrics by task, as GLUE defines them. They need no download, unlike those of `evaluate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KNOWN_METRICS: dict[str, Task] = {
     "spearmanr": "regression",
     "mse": "regression",
 }
-"""Every metric by name, with the task it is for."""
+"""Every metric, with the task that it measures."""
 
 _DEFAULTS: dict[Task, tuple[str, ...]] = {
     "classification": ("accuracy",),
@@ -42,9 +42,9 @@ def metric_names(
 
     Args:
         task: What the model predicts.
-        num_labels: The number of classes.
-        chosen: The main metric, from `dataset.metric`; the others follow it.
-        known: The public task; its metrics are used where they fit `task`.
+        num_labels: Number of classes.
+        chosen: The main metric, from `dataset.metric`; by default the first of the task.
+        known: The public task, whose metrics are used if they fit `task`.
 
     Raises:
         ConfigError: If `chosen` is unknown or does not fit the task.
@@ -68,32 +68,32 @@ def metric_names(
 
 
 def main_metric(names: Sequence[str]) -> str:
-    """Return the metric that a comparison is about: the first."""
+    """Return the metric that arms are compared by: the first."""
     return names[0]
 
 
 def greater_is_better(name: str) -> bool:
-    """Say whether a larger value of the metric is the better one."""
+    """Return whether a larger value of the metric is better."""
     return name != "mse"
 
 
 def compute_metrics_for(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return a `compute_metrics` for a transformers Trainer.
 
-    - Classification takes the class of the highest logit. `f1` is that of class 1, `f1_macro` the
-      mean over classes.
-    - Where a value is undefined it is 0: F1 without a positive, Matthews correlation when one
-      class is all that is predicted or present, correlations of a constant (logged).
+    - Classification predicts the class of the highest logit. `f1` is the F1 score of class 1,
+      `f1_macro` the mean over classes.
+    - A metric that is undefined is 0: F1 without positives, Matthews correlation if only one class
+      is predicted or present, the correlation of a constant. The correlations log it.
 
     Args:
-        names: Names of `KNOWN_METRICS`, all of one task; see `metric_names`.
+        names: Names from `KNOWN_METRICS`, all of one task; see `metric_names`.
     """
     task = KNOWN_METRICS[names[0]]
 
     def compute_metrics(evaluated: EvalPrediction) -> dict[str, float]:
         import numpy as np
 
-        # Models that also return hidden states hand over a tuple, the logits first.
+        # A model that also returns hidden states gives a tuple with the logits first.
         predictions: Any = evaluated.predictions
         logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
         labels = np.asarray(evaluated.label_ids)
@@ -129,5 +129,5 @@ def _compute(name: str, labels: np.ndarray, predicted: np.ndarray) -> float:
         return float(metrics.matthews_corrcoef(labels, predicted))
     correlation = stats.pearsonr if name == "pearson" else stats.spearmanr
     value = float(correlation(labels, predicted)[0])
-    # A spread below the floating-point resolution still gives NaN.
+    # Values that differ by less than the floating-point resolution still give NaN.
     return value if math.isfinite(value) else 0.0

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from fish_tuning.experiments.arms import searched
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.models.counts import count_parameters
 from fish_tuning.experiments.runs.preflight import CheckedExperiment
+from fish_tuning.experiments.tables import Table
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,19 @@ class ExperimentPlan:
         yield self._rendered()
 
     def _rendered(self) -> RenderableType:
-        facts = Table.grid(padding=(0, 2))
+        facts = TerminalTable.grid(padding=(0, 2))
         for name, value in self._facts():
             facts.add_row(name, value)
         baseline = next((a.trainable for a in self.arms if a.name == ORIGINAL_LORA), None)
-        table = Table("arm", box=SIMPLE_HEAD)
-        for heading in ("budget", "trainable", "total", "share", "of LoRA"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for arm in self.arms:
-            table.add_row(
-                arm.name,
-                "" if arm.ratio is None else f"{arm.ratio:g}",
-                f"{arm.trainable:,}",
-                f"{arm.total:,}",
-                f"{arm.trainable / arm.total:.4%}",
-                "" if baseline is None else f"{arm.trainable / baseline:.4g}",
-            )
-        return Group(facts, table)
+        columns: dict[str, Callable[[PlannedArm], str]] = {
+            "arm": lambda arm: arm.name,
+            "budget": lambda arm: "" if arm.ratio is None else f"{arm.ratio:g}",
+            "trainable": lambda arm: f"{arm.trainable:,}",
+            "total": lambda arm: f"{arm.total:,}",
+            "share": lambda arm: f"{arm.trainable / arm.total:.4%}",
+            "of LoRA": lambda arm: "" if baseline is None else f"{arm.trainable / baseline:.4g}",
+        }
+        return Group(facts, Table.of(self.arms, columns).terminal())
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield "model", f"{self.model}, {self.num_labels} outputs"

@@ -1,4 +1,4 @@
-"""What is known of public tasks: their text columns, number of labels and metrics."""
+"""Public tasks: their text columns, number of labels and metrics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class KnownTask:
     """A public task.
 
     Attributes:
-        text_columns: Its one or two text columns.
-        num_labels: Its number of classes, 1 for regression.
-        metrics: What is reported for it, the main one first.
+        text_columns: One or two columns of text.
+        num_labels: Number of classes; 1 for regression.
+        metrics: The metrics to report, the main one first.
     """
 
     text_columns: tuple[str, ...]
@@ -24,7 +24,7 @@ class KnownTask:
 
 _PAIR = ("sentence1", "sentence2")
 
-# The metrics are those of the GLUE leaderboard (Wang et al. 2019, table 1).
+# Metrics as on the GLUE leaderboard (Wang et al. 2019, table 1).
 KNOWN_TASKS = {
     "cola": KnownTask(("sentence",), metrics=("matthews_correlation", "accuracy")),
     "sst2": KnownTask(("sentence",)),
@@ -42,10 +42,10 @@ KNOWN_TASKS = {
 
 
 def known_task(names: Iterable[str | None]) -> KnownTask | None:
-    """Return the first known task among some spellings of its name.
+    """Return the first known task among some names, or None.
 
     Args:
-        names: Such as `"SST-2"`, `"nyu-mll/glue"`, `"rotten_tomatoes"`.
+        names: Any spellings, such as `"SST-2"`, `"nyu-mll/glue"` or `"rotten_tomatoes"`.
     """
     for name in names:
         key = re.sub(r"[^a-z0-9]", "", (name or "").lower().rsplit("/", 1)[-1])

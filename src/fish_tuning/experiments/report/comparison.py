@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
@@ -174,7 +174,7 @@ def pool(comparisons: Sequence[Comparison]) -> list[PooledArm]:
             PooledArm(
                 label,
                 by_label[0][label].is_baseline,
-                math.fsum(known) / len(means) if len(known) == len(means) else None,
+                fmean(known) if len(known) == len(means) else None,
                 pooled_difference(own, baselines),
             )
         )

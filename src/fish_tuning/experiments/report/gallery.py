@@ -36,17 +36,17 @@ def exhibits(comparison: Comparison) -> Iterator[Exhibit]:
     if metric is not None:
         yield Exhibit(
             f"{title} by method",
-            "A dot for each seed, a line at the mean of several.",
+            "One dot per seed, with a line at the mean if there are several.",
             metric_by_arm(groups, metric),
         )
         yield Exhibit(
             f"{title} against trainable parameters",
-            "A dot for each seed, a line through the means.",
+            "One dot per seed, with a line through the means.",
             trade_off(groups, metric),
         )
     for suffix, part in _by_budget(groups):
         several = any(len(group.finished) > 1 for group in part)
-        caption = "A thin line for each seed, a thick one for their mean."
+        caption = "A thin line per seed, a thick one for their mean."
         caption = caption if several else "One seed."
         yield Exhibit(f"Training loss{suffix}", caption, training_loss(part))
         if metric is not None:
@@ -56,7 +56,7 @@ def exhibits(comparison: Comparison) -> Iterator[Exhibit]:
         seeds = len(group.finished)
         yield Exhibit(
             f"What {group.label} trains",
-            "Share of the adapter's entries that the mask selects, by layer and module"
+            "Fraction of the adapter's entries that the mask selects, by layer and module"
             f"{f', mean over {seeds} seeds' if seeds > 1 else ''}.",
             density_figure(tensor for run in group.finished for tensor in run.mask_density),
         )
@@ -72,7 +72,7 @@ def _score_exhibits(groups: Sequence[ArmRuns]) -> Iterator[Exhibit]:
             seen.append(histograms)
             yield Exhibit(
                 f"Fisher scores of {group.label}",
-                "Entries by score on a logarithmic axis, one line a seed.",
+                "Entries by score on a logarithmic axis, one line per seed.",
                 score_distribution(group),
             )
 

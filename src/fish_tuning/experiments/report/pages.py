@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -26,74 +27,7 @@ from fish_tuning.experiments.report.gallery import exhibits
 from fish_tuning.experiments.report.notes import notes_on
 from fish_tuning.experiments.report.svg import to_svg
 from fish_tuning.experiments.results import Results, Run
-from fish_tuning.experiments.tables import Table, markdown_text
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the templates show of one sweep."""
-
-    number: int
-    results: Results
-    comparison: Comparison
-
-    @property
-    def name(self) -> str:
-        """Name of the experiment."""
-        return self.results.name
-
-    @property
-    def model(self) -> str:
-        """What was trained."""
-        return model_and_dataset(self.results)[0]
-
-    @property
-    def dataset(self) -> str:
-        """What it was trained on."""
-        return model_and_dataset(self.results)[1]
-
-    @property
-    def table(self) -> Table:
-        """The arms side by side."""
-        return comparison_table(self.comparison)
-
-    @property
-    def search(self) -> Table:
-        """The learning rates tried; no rows without a search."""
-        return search_table(summarize_search(self.results))
-
-    @property
-    def runs(self) -> Table:
-        """All runs, those of a search aside."""
-        return run_table(self.results.runs, self.comparison.metric)
-
-    @property
-    def failed(self) -> list[Run]:
-        """The runs that failed, those of a search included."""
-        runs = [*self.results.search, *self.results.runs]
-        return [run for run in runs if run.status == "failed"]
-
-    @property
-    def environment(self) -> dict[str, list[str]]:
-        """Commit, hardware and versions: the different values over all runs."""
-        found: dict[str, dict[str, None]] = {}
-        for run in self.results.runs:
-            for name, value in {"commit": run.commit, **run.hardware, **run.versions}.items():
-                if value is not None:
-                    found.setdefault(name, {})[str(value)] = None
-        return {name: list(values) for name, values in found.items()}
-
-    @property
-    def config(self) -> str:
-        """The resolved config, as JSON."""
-        return json.dumps(self.results.config, indent=2, ensure_ascii=False, default=str)
-
-    def figures(self) -> Iterator[dict[str, str]]:
-        """Draw the figures: title, caption and `svg` element of each."""
-        for position, (title, caption, figure) in enumerate(exhibits(self.comparison)):
-            if figure is not None:
-                svg = to_svg(figure, f"s{self.number}f{position}", f"{title}. {caption}")
-                yield {"title": title, "caption": caption, "svg": svg}
+from fish_tuning.experiments.tables import markdown_text
 
 
 def html_report(sweeps: Sequence[Results]) -> str:
@@ -120,12 +54,7 @@ def _render(template: str, sweeps: Sequence[Results]) -> str:
     )
     return environment.get_template(template).render(
         title=sweeps[0].name if len(sweeps) == 1 else "Results",
-        sweeps=[
-            Section(number, sweep, comparison)
-            for number, (sweep, comparison) in enumerate(
-                zip(sweeps, comparisons, strict=True), start=1
-            )
-        ],
+        sweeps=list(map(_section, count(1), sweeps, comparisons)),
         overview=overview_table(comparisons),
         pooled=pooled_table(pool(comparisons)),
         notes=list(dict.fromkeys(note for c in comparisons for note in notes_on(c))),
@@ -135,3 +64,39 @@ def _render(template: str, sweeps: Sequence[Results]) -> str:
 def _escape_markdown(value: object) -> object:
     """Escape what a Markdown template writes, except what it marks as safe."""
     return value if hasattr(value, "__html__") else markdown_text(str(value))
+
+
+def _section(number: int, sweep: Results, comparison: Comparison) -> dict[str, Any]:
+    """What the templates show of one sweep."""
+    model, dataset = model_and_dataset(sweep)
+    return {
+        "number": number,
+        "name": sweep.name,
+        "model": model,
+        "dataset": dataset,
+        "table": comparison_table(comparison),
+        "search": search_table(summarize_search(sweep)),
+        "failed": [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"],
+        # A generator: only the template that shows the figures has them drawn.
+        "figures": _figures(number, comparison),
+        "runs": run_table(sweep.runs, comparison.metric),
+        "environment": _environment(sweep.runs),
+        "config": json.dumps(sweep.config, indent=2, ensure_ascii=False, default=str),
+    }
+
+
+def _figures(number: int, comparison: Comparison) -> Iterator[dict[str, str]]:
+    for position, (title, caption, figure) in enumerate(exhibits(comparison)):
+        if figure is not None:
+            svg = to_svg(figure, f"s{number}f{position}", f"{title}. {caption}")
+            yield {"title": title, "caption": caption, "svg": svg}
+
+
+def _environment(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Commit, hardware and versions, each with its different values over all runs."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, value in {"commit": run.commit, **run.hardware, **run.versions}.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: list(values) for name, values in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,8 @@ def spread(values: Iterable[float]) -> Spread | None:
     values = list(values)
     if not values:
         return None
-    # Equal values have exactly that mean and no deviation; rounding would give them one.
-    if min(values) == max(values):
-        return Spread(values[0], 0.0 if len(values) > 1 else None, len(values))
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Spread(mean, math.sqrt(variance), len(values))
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.mean(values), std, len(values))
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def pooled_difference(
     if not differences:
         return None
     spreads = [spread(values) for values in differences]
-    mean = math.fsum(s.mean for s in spreads if s) / len(spreads)
+    mean = statistics.fmean(s.mean for s in spreads if s)
     interval = None
     if all(len(values) > 1 for values in differences):
         constant = all(s.std == 0 for s in spreads if s)

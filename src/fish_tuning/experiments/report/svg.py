@@ -35,7 +35,8 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     start = svg.index(">") + 1
     view_box = re.search(r'viewBox="[^"]*"', svg[:start])
     width = re.search(r'width="([\d.]+)pt"', svg[:start])
-    assert view_box is not None and width is not None
+    assert view_box is not None
+    assert width is not None
     head = (
         f'<svg {view_box[0]} role="img" aria-label="{escape(description)}" '
         f'style="max-width: {float(width[1]) * 1.7:.0f}px">'
