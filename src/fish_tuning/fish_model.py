@@ -11,13 +11,9 @@ from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
 from fish_tuning.scoring.objective import LossFunction
-from fish_tuning.selection.select import (
-    create_mask_from_fisher,
-    magnitude_scores,
-    pool_and_quota,
-    random_scores,
-    reversed_scores,
-)
+from fish_tuning.selection.budget import pool_and_quota
+from fish_tuning.selection.criteria import magnitude_scores, random_scores, reversed_scores
+from fish_tuning.selection.select import create_mask_from_fisher
 from fish_tuning.sparse.apply import apply_mask, get_mask
 
 

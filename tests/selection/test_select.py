@@ -12,12 +12,8 @@ from hypothesis import strategies as st
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.selection import ranking
 from fish_tuning.selection import select as selection
-from fish_tuning.selection.select import (
-    create_mask_from_fisher,
-    magnitude_scores,
-    random_scores,
-    reversed_scores,
-)
+from fish_tuning.selection.criteria import magnitude_scores, random_scores, reversed_scores
+from fish_tuning.selection.select import create_mask_from_fisher
 
 SCOPES = ("global", "per_tensor", "balanced")
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning.selection.select import create_mask_from_fisher, random_scores, reversed_scores
+from fish_tuning.selection.criteria import random_scores, reversed_scores
+from fish_tuning.selection.select import create_mask_from_fisher
 from fish_tuning.selection.shares import proportional, shares_of
 
 A, B = "m.0.lora_A.default.weight", "m.0.lora_B.default.weight"

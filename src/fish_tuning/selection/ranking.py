@@ -1,4 +1,4 @@
-"""The k highest of many scores, exactly k, without sorting or copying them: a radix selection."""
+"""Radix selection: exactly the k highest of many scores, without sorting or copying them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Entries ranked at a time. The temporaries of a processor's chunk fit in its caches; an accelerator
-# would spend its time on launching kernels for so few, and its temporaries take some 100 MB.
+# Entries ranked at a time. On a CPU, the temporaries of a chunk fit in its caches. An accelerator
+# would only launch kernels with chunks that small; its temporaries take about 100 MB.
 CPU_CHUNK = 2**18
 ACCELERATOR_CHUNK = 2**22
 
-# Bits settled per pass. 16 would halve the passes, but adapter tensors are often smaller than a
-# histogram of 2**16 counts.
+# Bits determined per pass. 16 would halve the passes, but adapter tensors are often smaller than
+# a histogram of 2**16 counts.
 RADIX = 8
 
 Tie = tuple[float, int, int]
-"""The lowest score taken, how many entries have it, and how many of these were taken."""
+"""The lowest score taken, how many entries have it, and how many of those were taken."""
 
 
 def highest(
     scores: Mapping[str, Tensor], k: int, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tie]:
-    """Masks of the k highest scores, and where position had to decide.
+    """Selects the k highest scores; equal scores are taken by position.
 
     Args:
-        scores: By name, none NaN; ties go by position, names in the order given.
-        k: How many, at most all.
-        dtype: What they are ranked as, float32 or float64.
+        scores: Scores by name, none of them NaN. Position is the order of names, then the flat
+            index.
+        k: How many entries to select, at most all.
+        dtype: What to rank the scores as, float32 or float64.
+
+    Returns:
+        Masks by name, and the tie at the lowest score that was taken.
     """
     if not k:
         zeros = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in scores.items()}
@@ -55,10 +59,10 @@ def highest(
 
 
 def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Key of the k-th highest score, how many entries have it, how many of those are in the k.
+    """Key of the k-th highest score, how many entries have it, and how many of those are taken.
 
-    A radix selection: each pass counts the next bits of the keys that share the bits settled so
-    far, and settles those of the k-th highest.
+    Each pass looks at the keys that begin with the bits known so far, counts their next bits and
+    so determines the next bits of the k-th highest key.
     """
     key, left = 0, k
     highest = torch.finfo(dtype).bits - RADIX
@@ -88,10 +92,10 @@ _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def _ordered_keys(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Integers in the order of the scores, chunk by chunk; -0.0 and 0.0 share one.
+    """Integers that order like the scores, chunk by chunk; -0.0 and 0.0 give the same integer.
 
-    The bits of a float are a sign and a magnitude that orders as an integer does; negating the
-    magnitude of negative floats is all that is missing.
+    A float consists of a sign bit and a magnitude whose bits order like an integer. Only the
+    magnitude of negative floats has to be negated.
     """
     integer = _INTEGER[dtype]
     lowest = torch.iinfo(integer).min

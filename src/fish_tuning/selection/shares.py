@@ -1,4 +1,4 @@
-"""How a budget is shared out between the tensors of a pool, before the best entries are taken."""
+"""How a budget is divided between the tensors of a pool, before the best entries are taken."""
 
 from __future__ import annotations
 
@@ -13,31 +13,43 @@ from fish_tuning.config import Scope
 from fish_tuning.names import kind_of, side_of
 
 Share = tuple[list[str], int]
-"""Names, and how many entries are selected among all of theirs."""
+"""Names of tensors, and how many entries to select from all of them together."""
 
 
 def shares_of(
     scores: Mapping[str, Tensor], sizes: Mapping[str, int], k: int, scope: Scope
 ) -> list[Share]:
-    """Groups of tensors, and how many entries each of them gets: k in all, none more than it has.
+    """Divides k entries between groups of tensors; no group gets more entries than it has.
 
     Args:
-        scores: By name, at least those of `sizes`.
-        sizes: Entries by name, of the pool.
-        k: How many to share out.
-        scope: How.
+        scores: Scores by name, at least for the tensors of the pool.
+        sizes: Number of entries by name, for the tensors of the pool.
+        k: How many entries to divide.
+        scope: How to divide them.
     """
     if scope == "global":
         return [(list(sizes), k)]
     if scope in ("per_tensor", "features"):
         return _one_each(proportional(k, sizes, sizes))
     if scope == "balanced":
-        sides: dict[str, list[str]] = {"B": [], "A": [], "": []}
-        for name in sizes:
-            sides[side_of(name)].append(name)
-        room = {side: sum(sizes[name] for name in names) for side, names in sides.items()}
-        quotas = proportional(k, dict.fromkeys(sides, 1), room)
-        return [(names, quotas[side]) for side, names in sides.items() if names]
+        return _balanced(sizes, k)
+    return _adaptive(scores, sizes, k)
+
+
+def _one_each(quotas: Mapping[str, int]) -> list[Share]:
+    return [([name], quota) for name, quota in quotas.items()]
+
+
+def _balanced(sizes: Mapping[str, int], k: int) -> list[Share]:
+    sides: dict[str, list[str]] = {"B": [], "A": [], "": []}
+    for name in sizes:
+        sides[side_of(name)].append(name)
+    room = {side: sum(sizes[name] for name in names) for side, names in sides.items()}
+    quotas = proportional(k, dict.fromkeys(sides, 1), room)
+    return [(names, quotas[side]) for side, names in sides.items() if names]
+
+
+def _adaptive(scores: Mapping[str, Tensor], sizes: Mapping[str, int], k: int) -> list[Share]:
     kinds: dict[str, dict[str, int]] = {}
     for name, size in sizes.items():
         kinds.setdefault(kind_of(name), {})[name] = size
@@ -53,20 +65,16 @@ def shares_of(
     return shares
 
 
-def _one_each(quotas: Mapping[str, int]) -> list[Share]:
-    return [([name], quota) for name, quota in quotas.items()]
-
-
 def _gains(scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """What training a tensor's entries is expected to give, relative to the others.
+    """The expected gain of training each tensor's entries, relative to the other tensors.
 
-    Adam moves an entry by about the learning rate whatever the scale of its gradient, so that a
-    step changes the loss by a sum of |gradient|, not of its square. With Fisher information for
-    the scores, which are mean squares, size times root of the mean is that sum (as if all entries
-    of a tensor had the same).
+    Adam moves an entry by about the learning rate, whatever the scale of its gradient. A step
+    therefore changes the loss by the sum of |gradient|, not of its square. Fisher information is
+    the mean square, so the sum is about the size times the root of the mean score (exactly that if
+    all entries of the tensor have the same).
 
-    Reversed scores, whose means are negative, give the reciprocal roots: what has the highest
-    gain has the lowest now. Of means of both signs the negative ones give nothing.
+    Reversed scores have negative means. For them the gain is the size over the root, so that
+    what had the highest gain has the lowest. If means of both signs occur, negative ones give 0.
     """
     means = {
         name: float(tensor.sum(dtype=torch.float64)) / max(tensor.numel(), 1)
@@ -81,15 +89,16 @@ def _gains(scores: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def proportional(k: int, weights: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
-    """Whole numbers that are in proportion to the weights and sum to k, none above its room.
+    """Integers in proportion to the weights that sum to k, none of them above its room.
 
-    What is more than the room goes to the others in the same proportion, and by room where only
-    weights of 0 are left. Rounded by largest remainder, the first of equal ones first.
+    What does not fit goes to the other names in the same proportion, or in proportion to their
+    room if only weights of 0 are left. Fractions are rounded by largest remainder; of equal
+    remainders, the first is rounded up.
 
     Args:
-        k: The sum, at most that of `room`.
-        weights: Not negative, finite.
-        room: The most that each name takes.
+        k: The sum, at most the sum of `room`.
+        weights: A finite weight by name, at least 0.
+        room: The largest number that each name can take.
     """
     quotas = dict.fromkeys(room, 0)
     open_, left = list(room), k

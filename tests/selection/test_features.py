@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning.selection.select import create_mask_from_fisher, random_scores
+from fish_tuning.selection.criteria import random_scores
+from fish_tuning.selection.select import create_mask_from_fisher
 from fish_tuning.selection.shares import shares_of
 
 
