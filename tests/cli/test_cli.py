@@ -450,8 +450,11 @@ def test_runs_are_spread(project, monkeypatch):
     ("words", "said"),
     [
         (["--ray"], "error: ray is not installed; run: pip install 'fish-tuning[ray]'"),
-        (["--ray", "--num-processes", 2], "error: --ray: several processes that train each run"),
-        (["--cpus-per-run", 2], "error: --cpus-per-run 2: only runs of --ray have cores; add it"),
+        (
+            ["--ray", "--num-processes", 2],
+            "error: --ray: runs that several processes train together",
+        ),
+        (["--cpus-per-run", 2], "error: --cpus-per-run 2: works only with --ray; add it"),
     ],
 )
 def test_what_cannot_be_spread(project, monkeypatch, words, said):

@@ -32,25 +32,23 @@ def run(
     num_processes: Annotated[
         int,
         typer.Option(
-            min=1, help="Processes that train each run together; accelerate launch starts them."
+            min=1, help="Processes that train each run together, started by accelerate launch."
         ),
     ] = 1,
     ray: Annotated[
         bool,
-        typer.Option("--ray", help="Spread the runs over Ray's cluster, or over this machine."),
+        typer.Option("--ray", help="Spread the runs over a Ray cluster, or over this machine."),
     ] = False,
     cpus_per_run: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Cores of each run with --ray; 1 if not given.", show_default=False
-        ),
+        typer.Option(min=1, help="Cores per run with --ray; 1 by default.", show_default=False),
     ] = None,
 ) -> None:
     """Run every arm with every seed and write the report.
 
-    The same command skips what is finished and goes on where it stopped.
+    The same command again skips finished runs and resumes an interrupted one.
 
-    Exit codes: 0 all runs finished, 1 some failed, 2 config or data at fault, 130 interrupted.
+    Exit codes: 0 all runs finished, 1 some failed, 2 mistake in config or data, 130 interrupted.
     """
     words = [str(config_file), *(word for o in overrides or [] for word in ("--set", o))]
     try:
@@ -77,13 +75,13 @@ def _check_ray(ray: bool, cpus_per_run: int | None, num_processes: int) -> None:
     if not ray:
         if cpus_per_run is not None:
             raise ValueError(
-                f"--cpus-per-run {cpus_per_run}: only runs of --ray have cores; add it"
+                f"--cpus-per-run {cpus_per_run}: works only with --ray; add it, or remove this"
             )
         return
     if max(num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(
-            "--ray: several processes that train each run together cannot be spread; take --ray, "
-            "or --num-processes or another launcher"
+            "--ray: runs that several processes train together cannot be spread over Ray; use "
+            "--ray alone, or else --num-processes or another launcher"
         )
     if find_spec("ray") is None:
         raise ModuleNotFoundError("ray is not installed; run: pip install 'fish-tuning[ray]'")
@@ -100,13 +98,13 @@ def _checked(config_file: Path, overrides: list[str]) -> CheckedExperiment:
 
 
 def _launch(words: list[str], num_processes: int) -> None:
-    """Start this command in several processes of this machine, and end as they do."""
+    """Start this command in several processes on this machine, and end as they do."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # What is trained and how, the config says: accelerate's own file is not asked. Its "multi_gpu"
-    # is several processes of one machine, also where there is no accelerator.
+    # Options override accelerate's own config file: the experiment's config says everything.
+    # "multi_gpu" means several processes on one machine, even without an accelerator.
     options = ["--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     program = ["-m", "fish_tuning.cli", "run", *words]
