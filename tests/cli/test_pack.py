@@ -8,7 +8,7 @@ import pytest
 from fish_tuning import FishMask
 from tests.cli.test_cli import invoke, listing
 from tests.models import tiny_bert
-from tests.packing.test_packing import contents, fine_tuned, load_base, new_adapter, trained
+from tests.packing.saved_folders import contents, fine_tuned, load_base, new_adapter, trained
 
 
 @pytest.fixture
