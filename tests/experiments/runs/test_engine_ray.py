@@ -17,7 +17,7 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import RESULTS_FILE
 from fish_tuning.experiments.runs.sweep import run_experiment
-from tests.experiments.runs.test_run import comparable
+from tests.experiments.runs.test_sweep import comparable
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 
 pytest.importorskip("ray", reason="pip install 'fish-tuning[ray]'")

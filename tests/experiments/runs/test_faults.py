@@ -24,7 +24,7 @@ from fish_tuning.experiments.results import RUN_FILE, read_results
 from fish_tuning.experiments.runs import engine, record, training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.runs.sweep import run_experiment
-from tests.experiments.runs.test_run import FEW_ARMS, comparable, weights
+from tests.experiments.runs.test_sweep import FEW_ARMS, comparable, weights
 from tests.experiments.tiny_experiment import experiment, write_bert, write_data
 from tests.fuzz.readers import altered, damaged
 
