@@ -69,7 +69,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
-OLDEST_TESTS := per_example scoring selection sparse packing mask/test_mask.py test_package.py test_names.py \
+OLDEST_TESTS := per_example scoring selection sparse packing mask/test_mask.py mask/test_files.py test_package.py test_names.py \
 	test_config.py test_fish_model.py test_families.py test_trainer.py
 test-oldest: $(OLDEST)/.installed ## the core on the oldest allowed versions
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n 2 $(OLDEST_TESTS:%=tests/%)
