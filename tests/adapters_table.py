@@ -154,7 +154,8 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
     if any(ONE_BY_ONE in message for message in messages):
         found["scores"] = ONE_BY_ONE
     naive = functools.partial(naive_scores, model, examples, loss=own_loss)
-    assert_scores_close(scores, naive(), float32_rtol(model, naive))
+    expected = naive()
+    assert_scores_close(scores, expected, float32_rtol(model, naive, expected))
 
     k = round(DENSITY * sum(score.numel() for score in scores.values()))
     mask = create_mask_from_fisher(scores, num_trainable=k, scope="per_tensor")

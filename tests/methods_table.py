@@ -546,7 +546,8 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
     elif any("recomputed row by row" in message for message in messages):
         found["scores"] = ROW_BY_ROW
     naive = functools.partial(naive_scores, model, examples, loss=own_loss)
-    assert_scores_close(scores, naive(), float32_rtol(model, naive))
+    expected = naive()
+    assert_scores_close(scores, expected, float32_rtol(model, naive, expected))
 
     k = round(DENSITY * sum(score.numel() for score in scores.values()))
     mask = create_mask_from_fisher(scores, num_trainable=k, scope="per_tensor")

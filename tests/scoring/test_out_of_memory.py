@@ -107,7 +107,7 @@ def check_faults(kind, attempts, monkeypatch, trials):
     monkeypatch.setattr("fish_tuning.per_example.accumulate.CHUNK_ENTRIES", 2 * 48)
     model, options = model_and_options(kind)
     # Without padding, so that all are one part; the second batch is not the one that is checked.
-    batches = batches_of(examples_for(model, 12, shortest=6, longest=6), 6)
+    batches = batches_of(examples_for(model, 8, shortest=6, longest=6), 4)
     expected = scored(model, batches, **options)
     counter = Fault(0)
     attempts.of = lambda numbers: counter
@@ -126,7 +126,7 @@ def check_faults(kind, attempts, monkeypatch, trials):
             # The fault met an example that was alone already.
             assert attempts.sizes[-1] == 1
             continue
-        found += attempts.sizes[:2] != [6, 6]
+        found += attempts.sizes[:2] != [4, 4]
         assert_scores_close(scores, expected, 1e-9)
     return found
 

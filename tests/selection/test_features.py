@@ -30,7 +30,7 @@ def pairs(draw):
     return random_scores(shapes, draw(st.integers(0, 99)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(pairs(), st.sampled_from(["features", "adaptive"]))
 def test_features_are_dealt_to_the_ranks(scores, scope):
     """Guards both scopes, for every k: the best features first, each rank in its turn."""
