@@ -8,7 +8,6 @@ import torch
 from matplotlib.image import imread
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.report.density import density_table
 from fish_tuning.experiments.report.density_figure import (
     density_figure,
     mask_figure,
@@ -76,22 +75,3 @@ def test_mask_pictures_of_other_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a \.png or \.svg file, and '.*x\.jpg' is neither"):
         save_mask_picture(mask, tmp_path / "x.jpg")
     assert not list(tmp_path.iterdir())
-
-
-def test_density_table_tells_modules_of_one_name_apart():
-    """Guards modules that share the end of their path from being added up."""
-    layer = "encoder.layer.0"
-    mask = FishMask(
-        {
-            f"{layer}.attention.output.dense.weight": torch.ones(2, 2).bool(),
-            f"{layer}.output.dense.weight": torch.zeros(2, 2).bool(),
-            "classifier.weight": torch.eye(2).bool(),
-        }
-    )
-    table = density_table(mask)
-    assert table.headers == ("layer", "attention.output.dense", "output.dense", "classifier", "all")
-    assert table.rows == (
-        ("0", "100.00%", "0.00%", "", "50.00%"),
-        ("-", "", "", "50.00%", "50.00%"),
-        ("all", "100.00%", "0.00%", "50.00%", "50.00%"),
-    )
