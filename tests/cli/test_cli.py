@@ -212,7 +212,7 @@ def test_bad_configs(project, text, message):
         ("plan base_config.yaml --set model.name=no_config", "holds no config.json"),
         (
             "inspect nothing",
-            "nothing: is no folder; name the folder of a mask, an adapter or a run",
+            "nothing: is not a folder; name the folder of a mask, an adapter or a run",
         ),
         ("inspect no_config", r"no_config: has no fish_mask\.json, nor do its subfolders; name"),
         ("report no_config", r"results\.json: cannot be read .*name a results folder"),

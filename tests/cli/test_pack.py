@@ -91,7 +91,7 @@ def test_what_is_stored_whole_is_said(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pack", "none", "packed"], "none is no folder"),
+        (["pack", "none", "packed"], "none is not a folder"),
         (["pack", "base", "packed"], "base holds no complete FISH mask"),
         (["pack", "adapter", "model"], "model exists: name a new file"),
         (["pack", "adapter", "packed", "--start", "none"], "none holds no safetensors file"),

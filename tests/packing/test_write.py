@@ -156,7 +156,7 @@ def test_folders_that_cannot_be_packed(small, tmp_path):
             pack(folder, tmp_path / "packed", **options)
         assert not (tmp_path / "packed").exists()
 
-    refused(FileNotFoundError, "none is no folder", tmp_path / "none")
+    refused(FileNotFoundError, "none is not a folder", tmp_path / "none")
     refused(FileNotFoundError, "holds neither adapter_model.safetensors nor model", tmp_path)
     refused(ValueError, "saved holds no adapter_config.json: a seed is", small / "saved", seed=1)
     refused(FileNotFoundError, "holds no safetensors file", small / "saved", start=tmp_path)

@@ -55,7 +55,9 @@ def _find_mask(folder: Path) -> Path:
     from fish_tuning.experiments.config.load import ConfigError
 
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: is no folder; name the folder of a mask, an adapter or a run")
+        raise ConfigError(
+            f"{folder}: is not a folder; name the folder of a mask, an adapter or a run"
+        )
     if (folder / MASK_FILE).is_file():
         return folder
     found = sorted(path.parent for path in folder.rglob(MASK_FILE))

@@ -157,7 +157,7 @@ def pack(
 
 def _weights_name(folder: Path) -> WeightsName:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: name that of a saved adapter or model")
+        raise FileNotFoundError(f"{folder} is not a folder: name that of a saved adapter or model")
     for name in get_args(WeightsName):
         if (folder / name).is_file():
             found: WeightsName = name

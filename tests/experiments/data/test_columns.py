@@ -32,7 +32,7 @@ COLUMN_ERRORS = [
     ({"a": "b c"}, {}, r"label_column: none of the columns has the name of a label: a; name the"),
     ({"a": "b c", "labl": 0}, {"label_column": "lable"}, r"no column 'lable', only a, labl; did"),
     ({"a": "b c", "label": 0}, {"text_column": "zzz"}, r"no column 'zzz', only a, label; name one"),
-    ({"a": None, "label": 0}, {"text_column": "a"}, r"text_column 'a' .*row 1: None is no text"),
+    ({"a": None, "label": 0}, {"text_column": "a"}, r"text_column 'a' .*row 1: None is not text"),
 ]
 
 

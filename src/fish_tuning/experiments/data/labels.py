@@ -57,7 +57,7 @@ class LabelSpace:
         for row, key in enumerate(keys, start=1):
             if key not in self.ids:
                 raise ConfigError(
-                    f"{where}, row {row}: {values[row - 1]!r} is none of the labels of the "
+                    f"{where}, row {row}: {values[row - 1]!r} is not among the labels of the "
                     f"training split ({_some(self.names)}); correct it or name another column"
                 )
         return [self.ids[key] for key in keys]
@@ -98,7 +98,8 @@ def find_label_space(
         return LabelSpace("regression")
     if fractional:
         raise ConfigError(
-            f"{where}: labels with a fractional part are no classes; set dataset.task: regression"
+            f"{where}: labels with a fractional part cannot be classes; "
+            "set dataset.task: regression"
         )
     space = _classes(values, numbers, config, class_names)
     if config.num_labels is not None and config.num_labels != space.num_labels:
@@ -108,7 +109,7 @@ def find_label_space(
         )
     if len(values) > _MIN_ROWS and space.num_labels > _MAX_DISTINCT_SHARE * len(values):
         raise ConfigError(
-            f"{where}: {space.num_labels} distinct values in {len(values)} rows are no classes; "
+            f"{where}: {space.num_labels} distinct values in {len(values)} rows cannot be classes; "
             "name another label_column, or set dataset.task: regression if they are numbers"
         )
     return space

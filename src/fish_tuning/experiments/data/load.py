@@ -175,7 +175,7 @@ def _encode(
             if not isinstance(value, str | int | float):
                 raise ConfigError(
                     f"dataset.text_column {name!r} of the split {split!r}, row {row}: {value!r} is "
-                    "no text; fill it in, remove the row or name another column"
+                    "not text; fill it in, remove the row or name another column"
                 )
         columns[name] = [str(value) for value in values]
     columns[label_column] = space.encode(column(data, label_column), _where(label_column, split))

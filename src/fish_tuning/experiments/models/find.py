@@ -34,7 +34,7 @@ def check_model(name: str, *, weights: bool = False) -> None:
         raise ConfigError(f"model.name: {name!r} is a file; name the folder that holds it")
     elif not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ConfigError(
-            f"model.name: there is no folder {name!r}, and it is no hub id (owner/name) either; "
+            f"model.name: there is no folder {name!r}, nor is it a hub id (owner/name); "
             f"correct it, or use {MINILM}"
         )
     else:
@@ -78,7 +78,9 @@ def _check_hub(name: str) -> None:
         # One attempt: a download would retry for half a minute without a network.
         HfApi().model_info(name, timeout=_HUB_SECONDS)
     except HFValidationError:
-        raise ConfigError(f"model.name: {name!r} is no folder and no hub id; {remedy}") from None
+        raise ConfigError(
+            f"model.name: {name!r} is neither a folder nor a hub id; {remedy}"
+        ) from None
     except RepositoryNotFoundError:
         raise ConfigError(
             f"model.name: there is no folder and no hub model {name!r} that you may read; {remedy}"
