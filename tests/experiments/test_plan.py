@@ -186,7 +186,7 @@ def test_bound_where_examples_are_not_counted(tmp_path):
     result = CliRunner().invoke(main, ["plan", str(written(tmp_path, text))])
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "training examples at most 100" in lines
-    assert "optimizer steps at most 21 a run, on one device" in lines
+    assert "optimizer steps at most 21 per run, on one device" in lines
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class ExperimentPlan:
         if self.steps is None:
             yield "optimizer steps", "unknown, as they depend on the number of examples"
         else:
-            yield "optimizer steps", f"{bound}{self.steps:,} a run, on one device"
+            yield "optimizer steps", f"{bound}{self.steps:,} per run, on one device"
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
         search = f", after {self.search_runs} that choose learning rates" * bool(self.search_runs)
         yield "runs", f"{self.num_runs}: {len(self.arms)} arms, each with {seeds}{search}"

@@ -298,7 +298,7 @@ class Canary:
 
 
 def test_a_pickle_in_a_checkpoint_runs_nothing(files, checkpoints, tmp_path):
-    """Guards a resumed sweep: the run fails and says why, and starts anew the next time."""
+    """Guards a resumed sweep: the run fails and says why, and starts again the next time."""
     shutil.copytree(checkpoints.parents[2], tmp_path / "out")
     canary = tmp_path / "canary"
     for file in (tmp_path / "out").rglob("optimizer.pt"):

@@ -31,7 +31,7 @@ def run_experiment(config: ExperimentConfig, *, name: str, ray_cpus: int | None 
     """Check an experiment and carry out all its runs that are not finished yet.
 
     Raises:
-        ConfigError: As in `check_experiment` and `run_checked`. Nothing has been written.
+        ConfigError: See `check_experiment` and `run_checked`. Nothing has been written.
         KeyboardInterrupt: The sweep was interrupted. Another call continues it.
     """
     return run_checked(check_experiment(config), name=name, ray_cpus=ray_cpus)

@@ -77,16 +77,7 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
         trainable_params=measurements.trainable,
         changed_params=sum(measurements.changed_counts().values()),
         metrics=_named(final, metrics),
-        curve=[
-            {"step": entry["step"], "epoch": entry["epoch"], **_named(entry, metrics)}
-            for entry in history
-            if "eval_loss" in entry
-        ],
-        train_curve=[
-            {"step": entry["step"], "loss": entry["loss"]}
-            for entry in history
-            if "loss" in entry and math.isfinite(entry["loss"])
-        ],
+        **_curves(history, metrics),
         train_seconds=measurements.seconds,
         score_seconds=selection.seconds if selection else 0.0,
         peak_memory_bytes=measurements.memory.peak,
@@ -229,6 +220,22 @@ def _total_steps(args: TrainingArguments, examples: int) -> int:
         return args.max_steps
     batches = math.ceil(examples / (args.train_batch_size * processes.count()))
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+
+
+def _curves(history: list[dict[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+    """The record's two curves, from the entries that Trainer logged."""
+    return {
+        "curve": [
+            {"step": entry["step"], "epoch": entry["epoch"], **_named(entry, metrics)}
+            for entry in history
+            if "eval_loss" in entry
+        ],
+        "train_curve": [
+            {"step": entry["step"], "loss": entry["loss"]}
+            for entry in history
+            if "loss" in entry and math.isfinite(entry["loss"])
+        ],
+    }
 
 
 def _named(entry: Mapping[str, float], metrics: Sequence[str]) -> dict[str, float]:
