@@ -233,7 +233,7 @@ def test_one_warning_for_many_batches(caplog):
     scored(model, batches_of(examples_for(model, 6), 2))
     (message,) = messages(caplog, SLOW)
     assert message.startswith("Scoring one example at a time, which is slower: ")
-    assert "adaption_prompt is part of a AdaptedAttention, which takes or gives other" in message
+    assert "adaption_prompt is part of a AdaptedAttention, which does not take and" in message
 
 
 # --- options -------------------------------------------------------------------------------

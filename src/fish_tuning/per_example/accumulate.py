@@ -26,12 +26,12 @@ def accumulate(
     """Adds the gradients of a bundle of parameters for all examples of a batch.
 
     Args:
-        sums: Where to.
-        sources: How to compute the gradients.
+        sums: Where to add the gradients.
+        sources: How to compute them.
         bundle: The parameters.
-        calls: All calls of modules that use them.
+        calls: All calls of modules that use these parameters.
         done: How many leading examples each sum has already; updated.
-        check: Sees the gradients before their powers replace them.
+        check: Gets the gradients too, before they are squared in place.
     """
     size = len(calls[0].x)
     # A failed attempt may have got further with some parameters than with others.
@@ -48,7 +48,7 @@ def accumulate(
         for name, gradients in _gradients(sources, bundle, calls, rows, dtype).items():
             new = gradients[max(0, done[name] - start) :]
             if check is not None:
-                check.see(name, new)
+                check.add(name, new)
             sums.add(name, new)
             done[name] = max(done[name], rows.stop)
 
@@ -86,5 +86,5 @@ def _accumulate_lookups(
     looked_up, position = keys.flatten().unique(return_inverse=True)
     gradients = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, position, g)
     if check is not None:
-        check.see_rows(name, ids.flatten(), g)
+        check.add_rows(name, ids.flatten(), g)
     sums.add_rows(name, looked_up % vocabulary, gradients)

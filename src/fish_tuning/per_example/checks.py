@@ -23,8 +23,8 @@ def input_of(
         alone = len(args) == 1 and all(value is None for value in values[1:])
         if not (alone and isinstance(x, Tensor) and isinstance(output, Tensor)):
             raise OnePassError(
-                f"{sources.parameter_of(module)} is part of a {type(module).__name__}, which takes "
-                "or gives other than one tensor"
+                f"{sources.parameter_of(module)} is part of a {type(module).__name__}, which does "
+                "not take and return exactly one tensor"
             )
     assert isinstance(x, Tensor)
     return x
@@ -83,17 +83,17 @@ class TotalsCheck:
         self._totals = {name: zeros(parameter) for name, parameter in sums.parameters.items()}
         self._rounding: dict[str, Tensor] = {}
 
-    def see_calls(self, bundle: Bundle, calls: Sequence[Call]) -> None:
+    def note_calls(self, bundle: Bundle, calls: Sequence[Call]) -> None:
         """Notes how large rounding errors may be: they scale with the norms of both factors."""
         like = self._sums.totals[bundle[0]]
         size = sum((_rounding(call, like) for call in calls), start=like.new_zeros(()))
         self._rounding |= dict.fromkeys(bundle, size)
 
-    def see(self, name: str, gradients: Tensor) -> None:
+    def add(self, name: str, gradients: Tensor) -> None:
         """Adds gradients of some examples, (b, *shape)."""
         self._totals[name] += gradients.sum(0)
 
-    def see_rows(self, name: str, rows: Tensor, gradients: Tensor) -> None:
+    def add_rows(self, name: str, rows: Tensor, gradients: Tensor) -> None:
         """Adds gradients (n, d) of single rows (n,) of a matrix."""
         self._totals[name].index_add_(0, rows, gradients)
 
@@ -133,6 +133,7 @@ class TotalsCheck:
 
 
 def _rounding(call: Call, like: Tensor) -> Tensor:
+    """|x| |g| for a weight and |g| sqrt(n) for a bias, as one bound for both."""
     # The input of an embedding is indices, not a factor.
     x = call.x.to(like.dtype).norm() if call.x.is_floating_point() else 0.0
     size: Tensor = call.g.to(like.dtype).norm() * (x + call.g.numel() ** 0.5)

@@ -128,8 +128,8 @@ class PerExampleGradients:
                 raise
             name = self._sources.parameter_of(recording.shared[0][0])
             raise OnePassError(
-                f"the rows of {name} are the same for all examples, and the model does not take "
-                f"them for each ({str(error).partition(chr(10))[0]})"
+                f"{name} gives one row for all examples, and the model fails with a row for each "
+                f"({str(error).partition(chr(10))[0]})"
             ) from error
         finally:
             self._recording = _Recording(0, Progress())
@@ -246,7 +246,7 @@ class PerExampleGradients:
         recording = self._recording
         calls = recording.arrived.pop(bundle)
         if self._check is not None:
-            self._check.see_calls(bundle, calls)
+            self._check.note_calls(bundle, calls)
         done = recording.progress.of_loss(recording.loss)
         accumulate(self._sums, self._sources, bundle, calls, done, self._check)
 
