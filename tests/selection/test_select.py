@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.selection import ranking
 from fish_tuning.selection import select as selection
-from fish_tuning.selection.criteria import magnitude_scores, random_scores, reversed_scores
+from fish_tuning.selection.criteria import random_scores
 from fish_tuning.selection.select import create_mask_from_fisher
 
 SCOPES = ("global", "per_tensor", "balanced")
@@ -238,34 +238,6 @@ def test_no_report_where_scores_decide(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("keep_ratio", [0, -0.1, 1.0001, math.nan, math.inf, True, "0.5"])
-def test_keep_ratio_out_of_range(keep_ratio):
-    """Guards a ratio that would select nothing, everything or fail far away."""
-    with pytest.raises(ValueError, match=r"keep_ratio=.* is not a number in \(0, 1\].* 10 entries"):
-        create_mask_from_fisher({"a": torch.rand(10)}, keep_ratio)
-
-
-@pytest.mark.parametrize("num_trainable", [5, 16, 0, -1, 7.0, math.nan])
-def test_num_trainable_out_of_range(num_trainable):
-    """Guards a budget that the dense tensors already use up, or that the pool cannot fill."""
-    scores = {"a": torch.rand(10), "head": torch.rand(5)}
-    with pytest.raises(ValueError, match=r"num_trainable=.* is not an integer from 6 to 15: 5 "):
-        create_mask_from_fisher(scores, names_to_exclude="head", num_trainable=num_trainable)
-
-
-def test_true_is_not_a_count():
-    """Guards num_trainable=True, which Python takes for 1."""
-    with pytest.raises(ValueError, match="num_trainable=True is not an integer from 1 to 10"):
-        create_mask_from_fisher({"a": torch.rand(10)}, num_trainable=True)
-
-
-@pytest.mark.parametrize("budget", [{}, {"keep_ratio": 0.5, "num_trainable": 3}])
-def test_one_budget(budget):
-    """Guards a default or a precedence that nobody asked for."""
-    with pytest.raises(ValueError, match="Give exactly one of keep_ratio"):
-        create_mask_from_fisher({"a": torch.rand(10)}, **budget)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("exclude", [None, "bad"])
 def test_non_finite_scores(value, exclude):
@@ -323,33 +295,3 @@ def test_provenance_says_how_the_mask_was_made():
         "selected_by_position": 0,
         "criterion": "fisher",
     }
-
-
-def test_random_scores():
-    """Guards draws that depend on the other tensors, or on nothing, or are not uniform."""
-    both = random_scores({"a": (100, 100), "b": torch.empty(100, 100)}, seed=1)
-    assert torch.equal(random_scores({"b": (100, 100)}, seed=1)["b"], both["b"])
-    assert not torch.equal(both["a"], both["b"])
-    assert not torch.equal(random_scores({"b": (100, 100)}, seed=2)["b"], both["b"])
-    assert torch.histc(both["a"], 10, 0, 1).sub(1000).abs().max() < 200
-    before = torch.random.get_rng_state()
-    random_scores({"a": (3,)}, seed=1)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_reversed_scores():
-    """Guards a reversed arm that does not pick the least important entries."""
-    scores = {"a": torch.tensor([3.0, 0.0, 2.0]), "b": torch.tensor([1.0])}
-    mask = create_mask_from_fisher(reversed_scores(scores), num_trainable=2)
-    assert mask["a"].tolist() == [False, True, False] and mask["b"].tolist() == [True]
-
-
-def test_magnitude_scores():
-    """Guards signs that count, frozen parameters that are scored, and graphs kept alive."""
-    model = torch.nn.Linear(2, 1)
-    model.bias.requires_grad_(False)
-    torch.nn.init.constant_(model.weight, -2.0)
-    scores = magnitude_scores(model)
-    assert {name: tensor.tolist() for name, tensor in scores.items()} == {"weight": [[2.0, 2.0]]}
-    assert not scores["weight"].requires_grad
-    assert magnitude_scores({"b": torch.tensor([-1.0])})["b"].item() == 1.0

@@ -40,7 +40,7 @@ class DatasetConfig(Section):
         "save_to_disk.",
     )
     format: Literal["csv", "tsv", "json", "jsonl", "parquet"] | None = Field(
-        default=None, description="Format of local files; by default told by their ending."
+        default=None, description="Format of local files; by default the one of their extension."
     )
     columns: Names | None = Field(
         default=None, description="Column names of CSV or TSV files that have no header line."
@@ -51,38 +51,40 @@ class DatasetConfig(Section):
         "`columns` is given. Without both, columns are named 0, 1, 2...",
     )
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        default=None, description="Delimiter of CSV and TSV files; by default comma and tab."
+        default=None, description="Delimiter of CSV and TSV files; by default a comma or a tab."
     )
     quoting: bool | None = Field(
         default=None,
-        description="Whether quotation marks enclose fields; by default so in CSV, not in TSV.",
+        description="Whether quotation marks enclose fields; by default in CSV, not in TSV.",
     )
     text_column: Names | None = Field(
         default=None,
-        description="The text column, or a list of two for sentence pairs; by default told by the "
-        "task or the columns' types.",
+        description="The text column, or a list of two for sentence pairs; by default those of the "
+        "task, or those whose type is text.",
     )
     label_column: Name | None = Field(
-        default=None, description="The label column; by default the one called label or the like."
+        default=None, description="The label column; by default the one named label or similar."
     )
     train_split: str = Field(default="train", description="The split to train on.")
     validation_split: str | None = Field(
         default=None,
-        description="The split to evaluate on; by default the one called validation or dev, else a "
-        "share of the training split.",
+        description="The split to evaluate on; by default the one named validation or dev, or else "
+        "a fraction of the training split.",
     )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="The share held out of training where no validation split exists."
+        default=0.1,
+        description="Fraction of the training split to hold out if there is no validation split.",
     )
     max_train_samples: Positive | None = Field(
-        default=None, description="Train on this many examples, drawn at random; default all."
+        default=None, description="Train on this many examples, drawn at random; by default on all."
     )
     max_validation_samples: Positive | None = Field(
-        default=None, description="Evaluate on this many examples, drawn at random; default all."
+        default=None,
+        description="Evaluate on this many examples, drawn at random; by default on all.",
     )
     task: Task | None = Field(
         default=None,
-        description="By default regression where labels have a fractional part, else "
+        description="By default regression if labels have a fractional part, otherwise "
         "classification.",
     )
     num_labels: Positive | None = Field(
@@ -105,7 +107,7 @@ class DatasetConfig(Section):
 
     @property
     def known_num_labels(self) -> int | None:
-        """The number of outputs, where it can be told without reading the data."""
+        """The number of outputs, if it is known without reading the data."""
         if self.task == "regression":
             return 1
         if self.label_names is not None:
@@ -116,6 +118,11 @@ class DatasetConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Keys that exclude each other or contradict the task."""
+        yield from self._conflicts_of_files()
+        yield from self._conflicts_of_columns()
+        yield from self._conflicts_of_task()
+
+    def _conflicts_of_files(self) -> Iterator[tuple[str, str]]:
         if self.load_args is not None and self.path is not None:
             yield "path", "is given beside load_args; keep one and set the other to null"
         if self.load_args is None and self.path is None and self.name != INSTALLED_TEXT:
@@ -130,12 +137,16 @@ class DatasetConfig(Section):
                 f"has no {self.train_split!r} among its splits {list(self.path)}; add it or set "
                 "dataset.train_split",
             )
+        if self.train_split == self.validation_split:
+            yield "validation_split", "is the training split; leave it out to hold out a share"
+
+    def _conflicts_of_columns(self) -> Iterator[tuple[str, str]]:
         if self.text_column is not None and len(self.text_column) > 2:
             yield "text_column", f"{self.text_column} has more than two columns; name one or two"
         if self.text_column is not None and self.label_column in self.text_column:
             yield "label_column", f"{self.label_column!r} is a text column too; name another"
-        if self.train_split == self.validation_split:
-            yield "validation_split", "is the training split; leave it out to hold out a share"
+
+    def _conflicts_of_task(self) -> Iterator[tuple[str, str]]:
         if self.task and self.metric and KNOWN_METRICS[self.metric] != self.task:
             fitting = [name for name, task in KNOWN_METRICS.items() if task == self.task]
             yield (

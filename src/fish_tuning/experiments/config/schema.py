@@ -37,16 +37,16 @@ class ExperimentConfig(Section):
     base_training: BaseTrainingConfig = Field(
         default=BaseTrainingConfig(), description="Training arguments shared by experiments."
     )
-    seeds: Seeds = Field(default=[42], description="Every arm runs once with each of them.")
+    seeds: Seeds = Field(default=[42], description="Every arm runs once with each of these seeds.")
     peers: list[PeerConfig] = Field(default=[], description="Other PEFT methods as further arms.")
     learning_rate_search: LearningRateSearch | None = Field(
         default=None,
-        description="Choose every arm's learning rate first; by default all train with the one "
-        "of the training arguments.",
+        description="Choose every arm's learning rate first; by default all arms use that of the "
+        "training arguments.",
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Two arms of one name."""
+        """Two arms with the same name."""
         peers = [peer.label for peer in self.peers]
         variants = [variant.name for variant in self.fish_tuning.variants]
         labels = [*self.fish_tuning.methods_to_run, *variants, *peers]
@@ -61,10 +61,10 @@ class ExperimentConfig(Section):
         return {**self.base_training.args, **self.training.args_override}
 
     def digest(self) -> str:
-        """Hash everything that a single run depends on beside its arm, budget and seed.
+        """Hash everything that a single run depends on, apart from its arm, budget and seed.
 
-        Adding seeds, arms, budgets or learning rates to a config, or moving its results, keeps
-        the digest: the runs that are finished stay valid.
+        Adding seeds, arms, budgets or learning rates to a config, or moving its results, does not
+        change the digest: finished runs stay valid.
         """
         shared = self.model_dump(
             mode="json",

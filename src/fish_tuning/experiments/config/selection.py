@@ -55,7 +55,7 @@ class SelectionRule(SelectionSettings, Section):
         names_to_exclude: Sequence[str],
         seed: int,
     ) -> FishConfig:
-        """The settings of one selection; after a warm-up, the model is scored as it then is."""
+        """The settings of one selection. After a warm-up, the model is scored as it is then."""
         shared = {name: getattr(self, name) for name in SelectionSettings.model_fields}
         return FishConfig(
             **shared,
@@ -79,8 +79,8 @@ class VariantConfig(Section):
     )
     rule: dict[str, Any] = Field(
         default={},
-        description="What differs from fish_tuning's own rule: num_samples, scope, "
-        "scoring_point, warmup_steps or estimator.",
+        description="What differs from fish_tuning's own rule, of: "
+        f"{', '.join(SelectionRule.model_fields)}.",
     )
     adapter: AdapterConfig | None = Field(
         default=None, description="What it selects from; by default LoRA of lora.fish_rank."
@@ -94,8 +94,8 @@ class FishTuningConfig(SelectionRule):
         list[Method], BeforeValidator(_full_methods), AfterValidator(distinct)
     ] = Field(
         default=DEFAULT_METHODS,
-        description="The arms. The original work's fish, rand and rev are accepted; with them, or "
-        "with an empty list, Original LoRA is added.",
+        description="The arms. The original work's names fish, rand and rev are accepted too; with "
+        "them, or with an empty list, Original LoRA is added.",
     )
     prune_to_ratio_of_baseline: Ratio = Field(
         default=1.0,
@@ -104,7 +104,7 @@ class FishTuningConfig(SelectionRule):
     )
     budgets: Annotated[list[Ratio], Field(min_length=1), AfterValidator(distinct)] | None = Field(
         default=None,
-        description="Several such fractions, each with masked arms of its own; replaces "
+        description="Several such fractions, each with its own masked arms, in place of "
         "prune_to_ratio_of_baseline.",
     )
     seed: Seed | None = Field(
@@ -112,9 +112,7 @@ class FishTuningConfig(SelectionRule):
         description="Seed of the calibration sample and of random masks; by default the run's.",
     )
     variants: list[VariantConfig] = Field(
-        default=[],
-        description="Other rules to select by, or adapters to select from, each as a further "
-        "masked arm.",
+        default=[], description="Further masked arms, with another rule, criterion or adapter."
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

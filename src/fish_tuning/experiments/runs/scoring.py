@@ -1,4 +1,4 @@
-"""Choosing a masked arm's entries: calibration set, scoring point, scores, mask."""
+"""Choosing the entries that a masked arm trains: calibration set, warm-up, scores, mask."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class _Record(BaseModel):
 
 @dataclass(frozen=True)
 class Selection:
-    """A mask, and what choosing it took.
+    """A mask, and what it took to choose it.
 
     Attributes:
-        mask: What is trained.
+        mask: The entries to train.
         seconds: Time of scoring and selecting, warm-up included.
-        histograms: The Fisher scores by kind of tensor; none where none were computed.
+        histograms: Fisher information by kind of tensor; empty if it was not computed.
     """
 
     mask: FishMask
@@ -54,15 +54,15 @@ class Selection:
     histograms: list[ScoreHistogram]
 
     def save(self, folder: Path) -> None:
-        """Write it where an interrupted run finds it again."""
+        """Write it where a resumed run finds it."""
         self.mask.save_pretrained(folder)
-        # Last: it vouches for the mask.
+        # Written last: if this file is there, the mask is complete.
         record = _Record(score_seconds=self.seconds, score_histograms=self.histograms)
         write_json(folder / _RECORD, record)
 
     @classmethod
     def load(cls, folder: Path) -> Selection | None:
-        """Read what `save` wrote to its end; None if there is no such thing."""
+        """Read what `save` has completely written; None if there is nothing like that."""
         try:
             record = _Record.model_validate_json((folder / _RECORD).read_bytes())
             mask = FishMask.from_pretrained(folder)
@@ -83,10 +83,10 @@ def select(
     """Score a model's trainable parameters and choose as many as the budget allows.
 
     Args:
-        model: The model with its adapter, at its start; given back as it was.
+        model: The model with its adapter, before training. It is left as it was.
         arm: A masked arm.
         config: The experiment.
-        budget: Parameters to train in all, head included.
+        budget: Parameters to train in total, head included.
         train: Tokenised training examples.
         collate: Makes a batch of some of them.
         warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
@@ -129,7 +129,7 @@ def _calibration_set(
 
 @contextmanager
 def _after_warmup(model: nn.Module, steps: int, warmup: Callable[[int], Trainer]) -> Iterator[None]:
-    """Inside the block the model has made its first training steps; they are then undone."""
+    """Inside the block, the model has made its first training steps; they are undone after it."""
     start = snapshot(model, trainable_tensors(model))
     training = model.training
     try:
@@ -148,7 +148,7 @@ def _after_warmup(model: nn.Module, steps: int, warmup: Callable[[int], Trainer]
 
 
 class _StopAfter(TrainerCallback):
-    """Ends a training early, so that its learning rates are those of the first steps of all."""
+    """Stops a training early, without changing the learning rate schedule of its first steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
