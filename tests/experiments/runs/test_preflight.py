@@ -1,6 +1,7 @@
 """The preflight: everything is checked, read and counted once, and all problems are told."""
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -116,3 +117,17 @@ def test_local_data_is_handed_on(tmp_path):
         check_experiment(config)
     planned = check_experiment(config, to_train=False)
     assert planned.data is None and "gone.csv" in planned.data_problem
+
+
+def test_the_preflight_needs_no_torch(tmp_path):
+    """Guards the second in which a mistake is told: no slow import comes before it."""
+    file = write_config(tmp_path)
+    write_data(tmp_path / "train.csv")
+    program = f"""
+import sys
+from fish_tuning.experiments.config.load import load_config
+from fish_tuning.experiments.runs.preflight import check_experiment
+assert check_experiment(load_config({str(file)!r})).data is not None
+sys.exit(bool({{"torch", "transformers", "peft"}} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
