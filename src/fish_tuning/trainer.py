@@ -12,7 +12,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.apply import apply_mask, get_mask, masked_parameters
-from fish_tuning.sparse.publishing import describe_in_trainers_cards, saves_itself, write_mask
+from fish_tuning.sparse.publishing import (
+    check_checkpoint,
+    patch_trainers,
+    saves_itself,
+    write_mask,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +51,7 @@ class FishTuningCallback(TrainerCallback):
                 "model needs all of them: set zero_optimization.stage to 1 or 2"
             )
         model = kwargs["model"]
-        describe_in_trainers_cards()
+        patch_trainers()
         if self.mask is not None:
             apply_mask(model, self.mask)
         elif (mask := get_mask(model)) is None:
@@ -172,9 +177,6 @@ class FishTuningTrainer(Trainer):
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
         # Here, as engines load their checkpoints in ways of their own.
-        if checkpoint and FishMask.from_pretrained(checkpoint) != get_mask(self.masked_model):
-            raise ValueError(
-                f"{checkpoint} was trained with another mask: resume with "
-                f"FishMask.from_pretrained({checkpoint!r}) as the mask"
-            )
+        if checkpoint:
+            check_checkpoint(self.masked_model, str(checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -1,35 +1,46 @@
-"""A mask on a model: the selected entries become its only trainable numbers, and back."""
+"""Masks a model: the selected entries become its only trainable numbers. And takes masks off."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from itertools import chain
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import PeftType
 from torch import Tensor, nn
 
 from fish_tuning.distributed import check_equal
-from fish_tuning.engines import check_in_memory, check_maskable
+from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.sparse.holder import HOLDER, Holder, holder_of
-from fish_tuning.sparse.publishing import accompany, leave_alone
+from fish_tuning.sparse.checks import (
+    check_fits,
+    check_gradients_unused,
+    check_names_free,
+    check_unmasked,
+    warn_of_others,
+)
+from fish_tuning.sparse.hooks import hook_forward
+from fish_tuning.sparse.patches import patch_model
+from fish_tuning.sparse.publishing import patch_saving
+from fish_tuning.sparse.state import STATE, MaskState, state_of
+from fish_tuning.sparse.state_dict import hook_state_dict
 
 
 def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
-    """Makes the entries that a mask selects the only trainable ones of its tensors, in place.
+    """Make the entries that a mask selects the only trainable ones of its tensors, in place.
 
-    FISH-Tuning (arXiv 2504.04050) equations 5 and 6 multiply gradients by the mask; here the
+    FISH-Tuning (arXiv 2504.04050), equations 5 and 6, multiplies gradients by the mask; here the
     frozen entries are no parameters at all. No optimizer, weight decay or momentum can move them,
-    optimizer state holds two numbers for each selected entry under AdamW, and counters tell the
-    truth. A tensor that is selected whole stays the ordinary parameter it was, and so does every
-    parameter that the mask does not name.
+    the state of AdamW holds two numbers per selected entry, and counters tell the truth.
 
-    Apply the mask before the optimizer is built, and call the model that was masked: gradients
-    of a forward pass that goes around it (a submodule called directly) raise in backward. Where
-    torch.distributed has several processes, all of them call, before an engine wraps the model.
+    Each tensor of which some entries are selected becomes a buffer. Its k selected entries are a
+    parameter beside it, of shape (k,) for vectors and (k, 1) otherwise: `lora_A.default.weight`
+    gets `lora_A.default.weight_values`. What goes by module or by name (freezing, switching and
+    deleting adapters, learning rates) works as without a mask. Whoever writes last wins, be it the
+    values or the tensor. A tensor of which every entry is selected stays the parameter it was, and
+    so does every parameter that the mask does not name.
+
+    A model can have several masks, for example one for each adapter, on different tensors. Apply
+    masks before you build the optimizer. Where torch.distributed has several processes, all of
+    them call, before an engine wraps the model.
 
     Args:
         model: The model, for instance a `PeftModel`.
@@ -40,37 +51,43 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: The model has a mask already; the mask is of another model (unknown names,
-            other shapes); it selects entries of a frozen or offloaded parameter, or nothing at
-            all; the adapter
-            moves its own budget (AdaLoRA, AdaMSS with `use_asa`), or a tensor that is selected in
-            part has gradient hooks (CPT and OSF set some); an engine wraps the model already, or
-            the processes hold different tensors or masks. The model is unchanged.
+        ValueError: One of the tensors is masked already; the mask is of another model (unknown
+            names, other shapes); it selects entries of a frozen or offloaded parameter, or
+            nothing at all; the adapter moves its own budget (AdaLoRA, AdaMSS with `use_asa`), or
+            a tensor of which some entries are selected has gradient hooks (CPT and OSF set
+            some); an engine wraps the model already, or the processes hold different tensors or
+            masks. The model is unchanged.
     """
     check_maskable(model)
-    if get_mask(model) is not None:
-        raise ValueError("the model has a mask already: call remove_mask(model) first")
-    if hasattr(model, HOLDER):
-        raise ValueError(
-            f"the model has an attribute {HOLDER!r} of its own, the name under which a mask keeps "
-            "the trainable values: rename it"
-        )
+    check_unmasked(model, mask)
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
-    _check_fits(parameters, mask)
+    check_fits(parameters, mask)
+    check_names_free(model, mask)
     check_gradients_unused(model, mask, [name for name, bits in mask.items() if not bits.all()])
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))
-    model.add_module(HOLDER, Holder(model, parameters, mask))
-    accompany(model)
+    state = vars(model).get(STATE)
+    if state is None:
+        state = MaskState(model)
+        vars(model)[STATE] = state
+        hook_forward(state, model)
+        patch_saving(state, model)
+    hooked = set(state.by_module)
+    state.add(model, mask)
+    for module in state.by_module.keys() - hooked:
+        hook_state_dict(state, module)
+    patch_model(state, model)
+    state.ignore_in_ddp(model)
+    warn_of_others(dict(model.named_parameters()), mask, state)
     return model
 
 
 def remove_mask(model: nn.Module) -> nn.Module:
-    """Turns the masked tensors back into ordinary, trainable dense parameters, in place.
+    """Turn the masked tensors back into ordinary dense parameters, in place.
 
-    Their values stay as trained. An optimizer built before holds the masked values and has to be
-    built anew.
+    They keep the numbers and `requires_grad` that they have now. An optimizer built before holds
+    the masked values: build another.
 
     Args:
         model: A model that `apply_mask` has masked.
@@ -81,98 +98,39 @@ def remove_mask(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model has no mask.
     """
-    holder = holder_of(model)
-    if holder is None:
+    state = state_of(model)
+    if state is None:
         raise ValueError("the model has no mask to remove")
-    # The model may be wrapped, in torch.compile for instance.
-    owner = next(module for module in model.modules() if module._modules.get(HOLDER) is holder)
-    leave_alone(owner)
-    holder.dissolve(owner)
-    delattr(owner, HOLDER)
+    state.dissolve()
     return model
 
 
-def get_mask(model: nn.Module) -> FishMask | None:
-    """The mask on a model, or None; its tensors are made anew at each call."""
-    holder = holder_of(model)
-    return None if holder is None else holder.mask()
+def get_mask(model: nn.Module, adapter: str | None = None) -> FishMask | None:
+    """The mask on a model, all masks that were applied to it together.
+
+    Args:
+        model: The model, which DistributedDataParallel or torch.compile may have wrapped.
+        adapter: Name of an adapter, for the part of the mask that belongs to it.
+
+    Returns:
+        The mask, whose tensors are built at each call, or None if there is none.
+    """
+    state = state_of(model)
+    if state is None:
+        return None
+    return state.mask(None if adapter is None else lambda name: adapter in name.split("."))
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether a model has a mask, which costs nothing to tell."""
+    return state_of(model) is not None
 
 
 def masked_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable vectors of a masked model: together, the selected entries of its mask."""
-    holder = holder_of(model)
-    return [] if holder is None else [group.values for group in holder.groups]
+    """The trained values of a masked model, one parameter per tensor.
 
-
-def _check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
-    if unknown := [name for name in mask if name not in parameters]:
-        near = get_close_matches(unknown[0], parameters, 1)
-        raise ValueError(
-            f"the mask names {len(unknown)} of {len(mask)} tensors that are no parameters of this "
-            f"model: {_some(unknown)}" + (f" (nearest: {near[0]})" if near else "") + ". Was it "
-            "made for another model, or another adapter name?"
-        )
-    misshapen = [
-        f"{name} is {tuple(parameters[name].shape)}, its mask {tuple(bits.shape)}"
-        for name, bits in mask.items()
-        if parameters[name].shape != bits.shape
-    ]
-    if misshapen:
-        raise ValueError(
-            f"{len(misshapen)} tensors have another shape than their mask: {_some(misshapen)}. "
-            "Was the mask made for another rank?"
-        )
-    if mask.num_trainable == 0:
-        raise ValueError("the mask selects no entry, so there is nothing to train")
-    frozen = [
-        name for name, bits in mask.items() if not parameters[name].requires_grad and bits.any()
-    ]
-    if frozen:
-        raise ValueError(
-            f"the mask selects entries of {len(frozen)} frozen parameters: {_some(frozen)}. Set "
-            "requires_grad on them first (PeftModel.from_pretrained takes is_trainable=True)"
-        )
-    check_in_memory({name: parameters[name] for name in mask})
-
-
-def check_gradients_unused(model: nn.Module, masked: Iterable[str], in_part: Iterable[str]) -> None:
-    """Refuses adapters and tensors that need their dense gradients for more than training.
-
-    Args:
-        model: The model.
-        masked: Parameters that a mask names.
-        in_part: Those of them that it does not select whole.
-
-    Raises:
-        ValueError: As `apply_mask` says.
+    Together they are the entries that its mask selects, without tensors of which it selects every
+    entry: these stay ordinary parameters.
     """
-    masked, parameters = list(masked), dict(model.named_parameters())
-    for path, module in model.named_modules():
-        configs = getattr(module, "peft_config", None)
-        for adapter, config in configs.items() if isinstance(configs, dict) else ():
-            adalora = config.peft_type == PeftType.ADALORA
-            if not adalora and not getattr(config, "use_asa", False):
-                continue
-            prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-            own = re.compile(rf"^{re.escape(path)}.*\.{prefix}\w+\.{re.escape(adapter)}(\.|$)")
-            if any(own.search(name) for name in masked):
-                raise ValueError(
-                    f"{'AdaLoRA' if adalora else 'AdaMSS with use_asa'} moves its own budget while "
-                    "it trains, which a mask keeps where it is: mask another adapter, or train "
-                    "this one without a mask"
-                )
-    hooked = [
-        name
-        for name in in_part
-        if parameters[name]._backward_hooks or parameters[name]._post_accumulate_grad_hooks
-    ]
-    if hooked:
-        raise ValueError(
-            f"{len(hooked)} tensors that the mask selects from have gradient hooks, which would be "
-            f"lost (CPT and OSF set such hooks): {_some(hooked, 1)}. Select these tensors whole or "
-            "leave them out of the mask"
-        )
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    state = state_of(model)
+    return [] if state is None else [t.values for t in state.tensors if t.is_split]

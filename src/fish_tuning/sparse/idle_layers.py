@@ -1,66 +1,96 @@
-"""LoRA layers that contribute nothing do without their adapter in the forward pass.
+"""LoRA layers that contribute nothing skip their adapter in the forward pass.
 
-The term B A x of a layer whose B is 0, with no entry of A or B trained, is 0 and stays 0. Without
-it the model computes the same: a mask that leaves whole layers out saves their adapters' time, most
-of which goes into adding zeros.
+The term B A x of a layer whose B is 0, with no entry of A or B trained, is 0 and stays 0. The
+model computes the same without it: a mask that leaves out whole layers saves the time of their
+adapters, most of which goes into adding zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-def leave_out_idle_layers(model: nn.Module, mask: Mapping[str, Tensor]) -> list[RemovableHandle]:
-    """Hooks the plain LoRA layers whose adapter contributes nothing.
+class IdleLayers:
+    """The plain LoRA layers of a model of whose adapter nothing is trained.
 
     Variants of LoRA (DoRA acts through its magnitude), layers with a bias on B and quantised
     layers compute as before.
-
-    Args:
-        model: The model, masked.
-        mask: Parameter name to boolean tensor.
-
-    Returns:
-        Handles that take the hooks off.
     """
-    untrained = {name for name, bits in mask.items() if not bits.any()}
-    idle = [
-        _IdleLayer(layer, adapter)
-        for path, layer in model.named_modules()
-        if type(layer).forward is Linear.forward
-        for adapter, b in layer.lora_B.items()
-        if adapter not in layer.lora_variant
-        and {f"{path}.lora_{side}.{adapter}.weight" for side in "AB"} <= untrained
-        and b.bias is None
-        and not b.weight.any()
-    ]
-    return [handle for layer in idle for handle in layer.handles]
+
+    def __init__(self) -> None:
+        self.layers: list[_IdleLayer] = []
+        self.running = False
+        """Whether a forward pass of the model is running, before which `look` was called."""
+
+    def add(self, model: nn.Module, mask: Mapping[str, Tensor]) -> None:
+        """Watch the layers of which a mask, applied to the model, trains nothing."""
+        untrained = {name for name, bits in mask.items() if not bits.any()}
+        self.layers += [
+            _IdleLayer(self, layer, adapter)
+            for path, layer in model.named_modules()
+            if type(layer).forward is Linear.forward
+            for adapter, b in layer.lora_B.items()
+            if adapter not in layer.lora_variant
+            and {f"{path}.lora_{side}.{adapter}.weight" for side in "AB"} <= untrained
+            and b.bias is None
+        ]
+
+    def look(self) -> None:
+        """See which layers' B is zero now, as anybody may have written it."""
+        layers = [layer for layer in self.layers if layer.weight is not None]
+        by_device: dict[torch.device, list[_IdleLayer]] = {}
+        for layer in layers:
+            by_device.setdefault(layer.weight.device, []).append(layer)
+        for same in by_device.values():
+            # One wait for an accelerator, instead of one for each layer.
+            found = torch.stack([layer.weight.detach().any() for layer in same]).tolist()
+            for layer, contributes in zip(same, found, strict=True):
+                layer.idle = not contributes
+
+    def release(self, modules: Iterable[nn.Module]) -> None:
+        """Forget layers whose A or B is one of the modules: it may be trained from now on."""
+        released = set(modules)
+        for layer in [layer for layer in self.layers if released & layer.sides]:
+            layer.remove()
+            self.layers.remove(layer)
 
 
 class _IdleLayer:
-    """Takes one adapter off the active ones of a layer for the time of its forward pass."""
+    """Takes one adapter off the active ones of a layer while its forward pass runs."""
 
-    def __init__(self, layer: Any, adapter: str) -> None:
-        self.adapter, self.idle = adapter, True
+    def __init__(self, layers: IdleLayers, layer: Any, adapter: str) -> None:
+        self.layers, self.layer, self.adapter = layers, layer, adapter
+        self.sides = {layer.lora_A[adapter], layer.lora_B[adapter]}
+        self.idle = False
         self.active: str | list[str] = []
         self.handles: list[RemovableHandle] = [
             layer.register_forward_pre_hook(self._before_forward),
             layer.register_forward_hook(self._after_forward, always_call=True),
-            layer.lora_B[adapter].register_load_state_dict_post_hook(self._after_load),
         ]
 
+    @property
+    def weight(self) -> Any:
+        """The weight of B, or None if the adapter is gone."""
+        held = self.layer.lora_B
+        return held[self.adapter].weight if self.adapter in held else None
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
     def _before_forward(self, layer: Any, args: Any) -> None:
+        if not self.layers.running and not torch.compiler.is_compiling():
+            # A layer called by itself, or run again by checkpointing.
+            self.idle = self.weight is not None and not self.weight.any()
         self.active = layer._active_adapter
         if self.idle:
             layer._active_adapter = [n for n in layer.active_adapters if n != self.adapter]
 
     def _after_forward(self, layer: Any, args: Any, output: Any) -> None:
         layer._active_adapter = self.active
-
-    def _after_load(self, b: nn.Linear, incompatible_keys: Any) -> None:
-        self.idle = not b.weight.any()

@@ -1,10 +1,11 @@
-"""What leaves a masked model for folders and hubs takes the mask and its description along."""
+"""What is saved of a masked model, or pushed to a hub, takes the mask and its description along."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -12,34 +13,78 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fish_tuning.mask.card import write_card
-from fish_tuning.sparse.holder import holder_of
-
-_CARD = "create_model_card"
-"""What every Trainer writes its card with, over the one that the model has saved."""
-
-
-def accompany(model: nn.Module) -> None:
-    """Lets what a masked model and its Trainers save and push have the mask with it."""
-    for name, with_mask in _SAVING.items():
-        if hasattr(model, name):
-            # A partial, unlike a bound method of another class's making, can be pickled.
-            vars(model)[name] = functools.partial(with_mask, model)
-    describe_in_trainers_cards()
+from fish_tuning.mask.files import JSON_FILE
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.patches import original, patch
+from fish_tuning.sparse.state import MaskState, state_of
 
 
-def leave_alone(model: nn.Module) -> None:
-    """Takes back what `accompany` has set on the model."""
-    for name in _SAVING:
-        vars(model).pop(name, None)
+def patch_saving(state: MaskState, root: nn.Module) -> None:
+    """Have what a masked model and its Trainers save and push take the mask along."""
+    patch(state, root, "save_pretrained", _save_pretrained)
+    # What every push_to_hub of transformers and PEFT calls with the folder that it has written.
+    patch(state, root, "_upload_modified_files", _upload_modified_files)
+    # Of the adapters library, whose save_all_adapters calls it for each folder.
+    patch(state, root, "save_adapter", _save_adapter)
+    if isinstance(root, PeftModel):
+        patch(state, root, "load_adapter", _load_adapter)
+    patch_trainers()
 
 
-def write_mask(model: nn.Module, folder: str) -> None:
-    """Writes a masked model's mask into a folder, and what it is into the folder's card."""
-    holder = holder_of(model)
-    if holder is not None:
-        mask = holder.mask()
+def write_mask(model: nn.Module, folder: str, adapters: Iterable[str] | None = None) -> None:
+    """Write a masked model's mask beside its weights, and what it is into the folder's card.
+
+    PEFT saves an adapter called "default" into the folder itself, others into folders of their
+    names: each gets the part of the mask that belongs to it.
+
+    Args:
+        model: The model. Without a mask, nothing is written.
+        folder: Where the model was saved.
+        adapters: The adapters that were saved, or None for all.
+    """
+    state = state_of(model)
+    mask = None if state is None else state.mask()
+    if state is None or mask is None:
+        return
+    if isinstance(model, PeftModel):
+        for adapter in model.peft_config if adapters is None else adapters:
+            part = state.mask(functools.partial(_belongs_to, model, adapter))
+            where = _adapter_folder(folder, adapter)
+            if part is not None and where.is_dir():
+                part.save_pretrained(where)
+    else:
         mask.save_pretrained(folder)
-        write_card(folder, mask, is_adapter=isinstance(model, PeftModel))
+    write_card(folder, mask, is_adapter=isinstance(model, PeftModel))
+
+
+def _adapter_folder(folder: str, adapter: str) -> Path:
+    return Path(folder) if adapter == "default" else Path(folder, adapter)
+
+
+def _belongs_to(model: Any, adapter: str, name: str) -> bool:
+    """Whether a tensor is not of another adapter: biases of the base are saved with each."""
+    return not (model.peft_config.keys() - {adapter}).intersection(name.split("."))
+
+
+def check_checkpoint(model: nn.Module, checkpoint: str) -> None:
+    """Check that a checkpoint was trained with the mask of the model.
+
+    Raises:
+        ValueError: It was trained with another.
+        FileNotFoundError: It has no mask.
+    """
+    adapters: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    folders = [Path(checkpoint), *(Path(checkpoint, adapter) for adapter in adapters)]
+    found: dict[str, Any] = {}
+    masked = [folder for folder in folders if (folder / JSON_FILE).is_file()]
+    for folder in masked or folders[:1]:
+        found |= FishMask.from_pretrained(str(folder))
+    state = state_of(model)
+    if state is None or FishMask(found) != state.mask():
+        raise ValueError(
+            f"{checkpoint} was trained with another mask: resume with "
+            f"FishMask.from_pretrained({str((masked or folders)[0])!r}) as the mask"
+        )
 
 
 def saves_itself(model: nn.Module) -> bool:
@@ -47,60 +92,109 @@ def saves_itself(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel | PeftModel)
 
 
-def describe_in_trainers_cards() -> None:
-    """Has all Trainers there are, TRL's too, say in their cards what is masked in their models.
+def patch_trainers() -> None:
+    """Have all Trainers that there are, TRL's too, describe masks in cards and check checkpoints.
 
     A Trainer asks neither its callbacks nor the model once its card is written, and uploads it at
-    once. So the method itself is wrapped, in each class that has one of its own; the card of a
-    model without a mask stays what it is.
+    once; nor when it loads a checkpoint. So these methods are wrapped, in each class that has its
+    own. With a model without a mask they do what they did.
     """
     trainers = sys.modules.get("transformers.trainer")
     kinds = [] if trainers is None else [trainers.Trainer]
     for kind in kinds:
         kinds += kind.__subclasses__()
-        own = vars(kind).get(_CARD)
-        if own is not None and not hasattr(own, "describes_mask"):
-            setattr(kind, _CARD, _describing(own))
+        for name, wrap in _OF_TRAINERS.items():
+            own = vars(kind).get(name)
+            if own is not None and not hasattr(own, "knows_masks"):
+                wrapped = wrap(own)
+                wrapped.knows_masks = True  # type: ignore[attr-defined]
+                setattr(kind, name, wrapped)
 
 
-def _describing(create_model_card: Callable[..., None]) -> Callable[..., None]:
+def _with_mask_in_card(create_model_card: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(create_model_card)
-    def described(self: Any, *args: Any, **kwargs: Any) -> None:
+    def create(self: Any, *args: Any, **kwargs: Any) -> None:
         create_model_card(self, *args, **kwargs)
         if self.is_world_process_zero():
             write_mask(self.model, str(self.args.output_dir))
 
-    described.describes_mask = True  # type: ignore[attr-defined]
-    return described
+    return create
 
 
-def _save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-    """The model's own save_pretrained, with the mask and its description beside what it writes."""
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        write_mask(self, save_directory)
-    # Of Trainers imported since, too: one that pushes saves the model first.
-    describe_in_trainers_cards()
-    return result
+def _with_mask_checked(load_from_checkpoint: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_from_checkpoint)
+    def load(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if state_of(self.model) is not None:
+            try:
+                check_checkpoint(self.model, resume_from_checkpoint)
+            except FileNotFoundError:
+                # Nobody writes one for a plain module in a Trainer without our callback.
+                if saves_itself(self.model):
+                    raise
+        load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs)
+
+    return load
 
 
-def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-    """The model's own upload, of a folder whose card push_to_hub has just replaced."""
-    write_mask(self, working_dir)
-    return type(self)._upload_modified_files(self, working_dir, *args, **kwargs)
-
-
-def _save_adapter(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-    """save_adapter of the adapters library, which its save_all_adapters calls for each folder."""
-    result = type(self).save_adapter(self, save_directory, *args, **kwargs)
-    write_mask(self, save_directory)
-    return result
-
-
-_SAVING = {
-    "save_pretrained": _save_pretrained,
-    # What every push_to_hub of transformers and PEFT calls with the folder that it has written.
-    "_upload_modified_files": _upload_modified_files,
-    "save_adapter": _save_adapter,
+_OF_TRAINERS = {
+    "create_model_card": _with_mask_in_card,
+    "_load_from_checkpoint": _with_mask_checked,
 }
-"""Methods of models that write a folder, each with the one that writes the mask there too."""
+
+
+def _save_pretrained(
+    state: MaskState, model: Any, name: str, save_directory: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The model's own save_pretrained, with the mask and its description beside what it writes."""
+    state.check()
+    result = original(model, name)(save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        write_mask(model, save_directory, kwargs.get("selected_adapters"))
+    # Of Trainers imported since, too: one that pushes saves the model first.
+    patch_trainers()
+    return result
+
+
+def _upload_modified_files(
+    state: MaskState, model: Any, name: str, working_dir: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The model's own upload, of a folder whose card push_to_hub has just replaced."""
+    write_mask(model, working_dir)
+    return original(model, name)(working_dir, *args, **kwargs)
+
+
+def _save_adapter(
+    state: MaskState, model: Any, name: str, save_directory: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The adapters library's save_adapter, with the mask beside what it writes."""
+    state.check()
+    result = original(model, name)(save_directory, *args, **kwargs)
+    write_mask(model, save_directory)
+    return result
+
+
+def _load_adapter(
+    state: MaskState,
+    model: Any,
+    name: str,
+    model_id: str,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """PEFT's load_adapter, into an adapter that is masked: only what was trained with its mask.
+
+    Raises:
+        ValueError: The folder holds another mask.
+    """
+    mask = state.mask(lambda tensor: adapter_name in tensor.split("."))
+    saved = Path(model_id, JSON_FILE).is_file()
+    if mask is not None and saved:
+        expected = state.mask(functools.partial(_belongs_to, model, adapter_name))
+        if FishMask.from_pretrained(model_id) != expected:
+            raise ValueError(
+                f"{model_id} was trained with another mask than adapter {adapter_name!r} has: mask "
+                f"the model with FishMask.from_pretrained({str(model_id)!r}), or call "
+                "remove_mask(model) before you load it"
+            )
+    return original(model, name)(model_id, adapter_name, *args, **kwargs)

@@ -1,190 +1,328 @@
-"""Masked tensors in flat storage, their selected entries in one trainable vector.
+"""Masked tensors in flat storage, with one autograd node for each group of them.
 
-The tensors of a group lie one behind the other in a flat, frozen ``storage``. The k selected
-entries are one trainable vector ``values``; ``index`` says where in the storage they belong. One
-autograd node writes ``values`` into the storage and hands out the tensors as views; its backward
-gathers the views' gradients at ``index``.
+The tensors of a group lie one after the other in a flat ``storage``, which is no parameter. The
+selected entries of each tensor are a parameter of their own, its ``values``, in the module that
+owns the tensor. The node of a forward pass hands out the tensors as views of the storage; its
+backward gathers their gradients at ``index``, the places of the selected entries.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.distributed import full_vector
+from fish_tuning.sparse.sharded import averaged_gradients, is_sharded
 
 GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
-so that a larger group would keep many dense gradients alive at once."""
+so a larger group would keep many dense gradients alive at once."""
 
-RESTING = "fish_resting"
 
-# The tensors that transformers' Trainer excludes from weight decay, by its own patterns; a group
-# of such tensors has "bias" in its name and so is excluded too.
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+def values_name(attribute: str) -> str:
+    """Name of the parameter that holds the selected entries of a module's tensor."""
+    return f"{attribute}_values"
+
+
+@dataclass(eq=False)
+class Place:
+    """A module's attribute that holds a masked tensor."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+    """Its name in the model, such as `layer.0.lora_A.default.weight`."""
+    in_mask: bool
+    """Whether the mask names it. Of a tensor with several names, it may name only some."""
+
+
+@dataclass(eq=False)
+class View:
+    """One shape of a masked tensor, and the places that hold it.
+
+    Most tensors have one view. PEFT ties adapters by views of the same memory, one transposed.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    places: list[Place]
+    leaf: Tensor
+    """What the places hold, except during a forward pass with gradients."""
+    saved: weakref.ref[Tensor] | None = None
+    """The latest copy of it made for a state dict, and its key there."""
+    saved_key: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "saved": None}
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.stride == contiguous_stride(self.shape)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The view of a tensor's memory."""
+        return (
+            flat.view(self.shape)
+            if self.is_contiguous
+            else flat.as_strided(self.shape, self.stride, flat.storage_offset())
+        )
+
+    def flatten(self, tensor: Tensor) -> Tensor:
+        """The entries of a tensor of this shape, in the order of the view's memory."""
+        if self.is_contiguous:
+            return tensor.reshape(-1)
+        flat = tensor.new_empty(tensor.numel())
+        self.of(flat).copy_(tensor)
+        return flat
+
+    def install(self, tensor: Tensor) -> None:
+        for place in self.places:
+            place.module._buffers[place.attribute] = tensor
 
 
 @dataclass(eq=False)
 class MaskedTensor:
-    """One tensor taken from the model's parameters: where it belongs and what it is now."""
+    """A tensor that a mask names: where the model holds it, and its part of a group."""
 
-    name: str
-    owners: list[tuple[nn.Module, str]]
-    """Modules and attributes that hold it; several if it is tied."""
-    keys: list[str]
-    """Its names in the model's state dict: one an owner, more if the owner itself is shared."""
-    resting: Tensor
-    """What the owners hold outside of a forward pass with gradients."""
-    required_grad: bool
+    views: list[View]
+    numel: int
+    num_selected: int
+    was_trainable: bool
+    """Whether it required gradients when it was last an ordinary parameter."""
+    provenance: dict[str, Any]
+    """How its mask was made."""
+    group: Group | None = None
     entries: slice = field(default_factory=lambda: slice(0))
     """Its part of the group's storage."""
     selected: slice = field(default_factory=lambda: slice(0))
-    """Its part of the group's values and index."""
+    """Its part of the group's index."""
 
-    def install(self, tensor: Tensor) -> None:
-        for module, attribute in self.owners:
-            module._buffers[attribute] = tensor
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "group": None}
 
-    def rest(self, tensor: Tensor) -> None:
-        """Makes this what the owners hold outside of a forward pass with gradients."""
-        self.resting = tensor
-        self.install(tensor)
-        for module, _ in self.owners:
-            # transformers finds the device of a module without parameters by such an attribute.
-            vars(module)[RESTING] = tensor
+    @property
+    def places(self) -> Iterator[Place]:
+        return (place for view in self.views for place in view.places)
 
-    def settle(self) -> None:
-        """Without a storage of its own, it may have been moved, cast or loaded by itself."""
-        module, attribute = self.owners[0]
-        held = module._buffers[attribute]
-        assert held is not None
-        self.rest(held)
+    @property
+    def name(self) -> str:
+        return self.views[0].places[0].name
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some of its entries are selected, and some are not."""
+        return 0 < self.num_selected < self.numel
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether none of its entries is selected. An empty tensor stays a parameter."""
+        return not self.num_selected and self.numel > 0
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The parameter that holds the selected entries."""
+        place = self.views[0].places[0]
+        values = place.module._parameters[values_name(place.attribute)]
+        assert values is not None
+        return values
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """(k, 1) for matrices, (k,) for vectors: optimizers treat vectors as biases or norms."""
+        vector = len(self.views[0].shape) < 2
+        return (self.num_selected,) if vector else (self.num_selected, 1)
+
+    def bits(self) -> Tensor:
+        """Which entries are selected, in the order of the tensor's memory."""
+        if self.group is None:
+            return torch.full((self.numel,), self.num_selected > 0)
+        bits = torch.zeros(self.numel, dtype=torch.bool)
+        bits[self.group.index[self.selected].long().cpu() - self.entries.start] = True
+        return bits
 
 
-class _WriteValues(torch.autograd.Function):
-    """values (k,) -> the group's tensors with the values in place; gradients gathered back."""
+class Part(NamedTuple):
+    """What a group is built from: a tensor, its memory, and its selected entries."""
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Group) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.group = group
-        group.write()
-        return tuple(tensor.resting.detach() for tensor in group.tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
-        group: Group = ctx.group
-        flat = [
-            group.storage.new_zeros(tensor.resting.numel()) if g is None else g.reshape(-1)
-            for tensor, g in zip(group.tensors, gradients, strict=True)
-        ]
-        dense = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return dense.index_select(0, group.index), None
+    tensor: MaskedTensor
+    flat: Tensor
+    positions: Tensor
+    """Places of the selected entries in `flat`."""
+    agreed: Tensor
+    """Numbers of the selected entries when values and memory last agreed."""
 
 
-class Group(nn.Module):
-    """Masked tensors of one device and type that share a storage and a trainable vector."""
+class Group:
+    """Masked tensors of one device and type that share a storage and an autograd node."""
 
-    storage: Tensor
-    index: Tensor
-
-    def __init__(self, tensors: list[MaskedTensor], masks: list[Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
-        flat, index, entries, selected = [], [], 0, 0
-        for tensor, bits in zip(tensors, masks, strict=True):
-            flat.append(tensor.resting.detach().reshape(-1))
-            index.append(bits.to(flat[-1].device).reshape(-1).nonzero().squeeze(1) + entries)
-            tensor.entries = slice(entries, entries := entries + flat[-1].numel())
-            tensor.selected = slice(selected, selected := selected + index[-1].numel())
+    def __init__(self, parts: list[Part]) -> None:
+        self.tensors = [part.tensor for part in parts]
+        index, entries, selected = [], 0, 0
+        for tensor, flat, positions, _ in parts:
+            index.append(positions.long() + entries)
+            tensor.entries = slice(entries, entries := entries + flat.numel())
+            tensor.selected = slice(selected, selected := selected + len(positions))
         small = entries < torch.iinfo(torch.int32).max
-        # A tensor of its own group stays where it is: a model's own weights are not held twice.
-        storage = flat[0] if len(flat) == 1 else torch.cat(flat)
-        self.register_buffer("storage", storage, persistent=False)
-        self.register_buffer(
-            "index", torch.cat(index).to(torch.int32 if small else torch.int64), persistent=False
-        )
-        self.values = nn.Parameter(self.storage[self.index])
+        # The only tensor of a group stays where it is: a model's own weights are not held twice.
+        self.storage = parts[0].flat if len(parts) == 1 else torch.cat([p.flat for p in parts])
+        self.index = torch.cat(index).to(torch.int32 if small else torch.int64)
+        self.agreed = torch.cat([part.agreed for part in parts])
+        self.has_conflict = torch.zeros((), dtype=torch.bool, device=self.storage.device)
+        for tensor in self.tensors:
+            for view in tensor.views:
+                requires_grad = tensor.values.requires_grad
+                view.leaf = self.view(tensor, view).detach().requires_grad_(requires_grad)
+                view.install(view.leaf)
+        self.attach()
 
-    def view(self, tensor: MaskedTensor) -> Tensor:
-        """A masked tensor as it lies in the storage."""
-        return self.storage[tensor.entries].view(tensor.resting.shape)
+    def attach(self) -> None:
+        """Refer tensors and their leaves to the group, as copies and pickles do not."""
+        for tensor in self.tensors:
+            tensor.group = self
+            for view in tensor.views:
+                if not view.leaf.requires_grad:
+                    # Hooks need a leaf that requires gradients, now or later.
+                    view.leaf.requires_grad_(True)
+                    view.leaf.register_post_accumulate_grad_hook(_receiver(self, tensor, view))
+                    view.leaf.requires_grad_(False)
+                else:
+                    view.leaf.register_post_accumulate_grad_hook(_receiver(self, tensor, view))
 
-    def views(self) -> tuple[Tensor, ...]:
-        """All tensors, up to date, through which gradients reach the values."""
-        views: tuple[Tensor, ...] = _WriteValues.apply(self.values, self)  # type: ignore[no-untyped-call]
-        # Autograd takes the node that was made last first: this one would have its turn when the
+    def view(self, tensor: MaskedTensor, view: View) -> Tensor:
+        """A view of a masked tensor as it lies in the storage."""
+        return view.of(self.storage[tensor.entries])
+
+    def parts(self) -> Iterator[Part]:
+        """What the group is made of, to build other groups from."""
+        for tensor in self.tensors:
+            positions = self.index[tensor.selected] - tensor.entries.start
+            yield Part(
+                tensor, self.storage[tensor.entries], positions, self.agreed[tensor.selected]
+            )
+
+    def install_differentiable(self) -> list[View]:
+        """Give the places views whose gradients reach the values; return the views changed."""
+        tensors = [tensor for tensor in self.tensors if tensor.values.requires_grad]
+        if not tensors:
+            return []
+        values = [tensor.values for tensor in tensors]
+        outputs = _HandOut.apply(self, tensors, *values)  # type: ignore[no-untyped-call]
+        # Autograd runs the node that was made last first. Made early, this one would run when the
         # backward pass is over, and all dense gradients would wait for it.
-        node: Any = None if torch.compiler.is_compiling() else views[0].grad_fn
+        node: Any = None if torch.compiler.is_compiling() else outputs[0].grad_fn
         if hasattr(node, "_set_sequence_nr"):
             node._set_sequence_nr(2**63)
+        views = [view for tensor in tensors for view in tensor.views]
+        for view, output in zip(views, outputs, strict=True):
+            view.install(output)
         return views
 
-    @torch.no_grad()
-    def write(self) -> None:
-        """Brings the storage, and so every tensor of the model, up to date with the values.
+    def receive(self, tensor: MaskedTensor, view: View) -> None:
+        """Pass a gradient that reached a leaf on to the values.
 
-        Through .data: further forward passes, with gradients or without, and state dicts may come
-        before a backward, and writing the same values again must not invalidate what it needs.
+        It did not pass through the group's node: a part of the model was called by itself, or
+        checkpointing with reentrance ran a layer a second time, in the backward pass.
         """
-        values = full_vector(self.values.detach(), len(self.index))
-        # It takes int64 alone; converting and copying is faster than all other ways of indexing.
-        self.storage.data.index_copy_(0, self.index.long(), values)
-
-    # The state dict has the tensors under the names of their owners, and nothing of the group.
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        pass
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        pass
-
-
-def take_out(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> tuple[dict[nn.Module, list[str]], list[MaskedTensor]]:
-    """Makes parameters buffers; also returns the order in which their owners had them."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    taken: dict[str, MaskedTensor] = {}
-    orders: dict[nn.Module, list[str]] = {}
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    for module, prefixes in paths.items():
-        for attribute, parameter in list(module._parameters.items()):
-            if parameter is None or (name := names.get(id(parameter))) is None:
-                continue
-            orders.setdefault(module, list(module._parameters))
-            resting = parameter.detach()
-            tensor = taken.setdefault(
-                name, MaskedTensor(name, [], [], resting, parameter.requires_grad)
+        gradient, view.leaf.grad = view.leaf.grad, None
+        values = tensor.values
+        if gradient is None or not values.requires_grad:
+            return
+        if is_sharded(values):
+            raise RuntimeError(
+                f"a gradient reached {tensor.name} outside of a forward pass of the masked model, "
+                "which fully_shard does not allow: call the model that was masked, and checkpoint "
+                "with use_reentrant=False"
             )
-            tensor.owners.append((module, attribute))
-            tensor.keys += [f"{path}.{attribute}" if path else attribute for path in prefixes]
-            del module._parameters[attribute]
-            module.register_buffer(attribute, tensor.resting)
-    for tensor in taken.values():
-        tensor.rest(tensor.resting)
-    return orders, list(taken.values())
+        positions = self.index[tensor.selected].long() - tensor.entries.start
+        selected = view.flatten(gradient)[positions].view(tensor.values_shape)
+        values.grad = selected if values.grad is None else values.grad + selected
+
+    def selected_gradients(
+        self, tensors: list[MaskedTensor], gradients: Iterable[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The gradients of the tensors' values from those of their views."""
+        by_view = iter(gradients)
+        flat: dict[MaskedTensor, Tensor] = {}
+        for tensor in tensors:
+            for view in tensor.views:
+                if (gradient := next(by_view)) is not None:
+                    part = view.flatten(gradient)
+                    flat[tensor] = flat[tensor] + part if tensor in flat else part
+        if not flat:
+            return [None] * len(tensors)
+        parts = [flat[t] if t in flat else self.storage.new_zeros(t.numel) for t in self.tensors]
+        dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+        selected = dense.index_select(0, self.index)
+        return [
+            selected[tensor.selected].view(tensor.values_shape) if tensor in flat else None
+            for tensor in tensors
+        ]
 
 
-def grouped(tensors: list[MaskedTensor]) -> Iterator[tuple[str, list[MaskedTensor]]]:
-    """Neighbours of one device, type and weight decay, up to GROUP_ENTRIES or one tensor."""
-    open_groups: dict[Any, list[MaskedTensor]] = {}
-    for tensor in tensors:
-        undecayed = _NO_DECAY.search(tensor.name) or any(
-            isinstance(module, nn.LayerNorm) for module, _ in tensor.owners
-        )
-        key = tensor.resting.device, tensor.resting.dtype, "bias" if undecayed else "weight"
-        group = open_groups.setdefault(key, [])
-        if group and sum(t.resting.numel() for t in [*group, tensor]) > GROUP_ENTRIES:
-            yield key[-1], group
-            group = open_groups[key] = []
-        group.append(tensor)
-    for key, group in open_groups.items():
-        yield key[-1], group
+def _receiver(group: Group, tensor: MaskedTensor, view: View) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive: garbage collection does not look into tensors' hooks."""
+    to_group, to_tensor, to_view = weakref.ref(group), weakref.ref(tensor), weakref.ref(view)
+
+    def hook(leaf: Tensor) -> None:
+        group, tensor, view = to_group(), to_tensor(), to_view()
+        if group is not None and tensor is not None and view is not None:
+            group.receive(tensor, view)
+
+    return hook
+
+
+class _HandOut(torch.autograd.Function):
+    """Values -> the views of their tensors, which hold the values already; gradients back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Group, tensors: list[MaskedTensor], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        # As they are now: fully_shard has modules hold other parameters in the backward pass.
+        ctx.group, ctx.tensors, ctx.values = group, tensors, values
+        return tuple(view.leaf.detach() for tensor in tensors for view in tensor.views)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        selected = ctx.group.selected_gradients(ctx.tensors, gradients)
+        return None, None, *averaged_gradients(ctx.values, selected)
+
+
+def grouped(parts: Iterable[Part]) -> list[Group]:
+    """Groups of neighbours of one device and type, up to GROUP_ENTRIES or one tensor each."""
+    done: list[list[Part]] = []
+    growing: dict[Any, list[Part]] = {}
+    for part in parts:
+        key = part.flat.device, part.flat.dtype
+        group = growing.setdefault(key, [])
+        if group and sum(p.flat.numel() for p in [*group, part]) > GROUP_ENTRIES:
+            done.append(group)
+            group = growing[key] = []
+        group.append(part)
+    return [Group(parts) for parts in [*done, *growing.values()]]
+
+
+def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
+    """Strides of a tensor of this shape without gaps, in the usual order."""
+    stride, strides = 1, []
+    for size in reversed(tuple(shape)):
+        strides.append(stride)
+        stride *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's entries lie side by side in memory, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -15,7 +15,7 @@ from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
 from fish_tuning.selection.budget import pool_and_quota
-from fish_tuning.sparse.apply import check_gradients_unused
+from fish_tuning.sparse.checks import check_gradients_unused
 
 logger = logging.getLogger(__name__)
 

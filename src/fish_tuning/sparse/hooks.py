@@ -1,0 +1,81 @@
+"""Hooks that keep a masked model up to date: in forward passes and after optimizer steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fish_tuning.engines import after_deepspeed_steps
+from fish_tuning.sparse.state import MaskState, states
+
+
+def hook_forward(state: MaskState, root: nn.Module) -> None:
+    """Hook the forward pass of a model, and of the models that PEFT has wrapped."""
+    for module in _entrances(root):
+        before = functools.partial(_before_forward, state)
+        after = functools.partial(_after_forward, state)
+        state.uninstallers += [
+            module.register_forward_pre_hook(before).remove,
+            module.register_forward_hook(after, always_call=True).remove,
+        ]
+
+
+def _entrances(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules through which a model is called: `generate` calls the one inside PEFT's."""
+    module: Any = root
+    while True:
+        yield module
+        if isinstance(module, PeftModel):
+            module = module.base_model
+        elif isinstance(module, BaseTuner):
+            module = module.model
+        else:
+            return
+
+
+def _no_graph_of_its_own(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that torch.compile makes part of a graph, or leaves alone.
+
+    The hooks of a compiled model lie outside the graph of its forward pass, and torch.compile
+    would make graphs of their own of them. Inside a larger compiled function they are part of its
+    graph.
+    """
+    outside: Callable[..., None] = torch.compiler.disable(hook)
+    torch.compiler.substitute_in_graph(outside)(hook)
+    return outside
+
+
+@_no_graph_of_its_own
+def _before_forward(state: MaskState, module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        after_deepspeed_steps(_after_engine_step)
+    state.before_forward(module)
+
+
+@_no_graph_of_its_own
+def _after_forward(state: MaskState, module: nn.Module, args: Any, output: Any) -> None:
+    state.after_forward(module)
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if live := states():
+        _after_step(live, {id(p) for group in optimizer.param_groups for p in group["params"]})
+
+
+def _after_engine_step(model: nn.Module) -> None:
+    _after_step(states(), {id(p) for p in model.parameters()})
+
+
+def _after_step(live: list[MaskState], stepped: set[int]) -> None:
+    for state in live:
+        state.after_step(stepped)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)

@@ -1,0 +1,160 @@
+"""Methods of masked models and their modules that know of the mask, and the reason for each.
+
+PyTorch has hooks for forward passes and state dicts, which `hooks` and `state_dict` use. What else
+a masked model has to notice happens in methods without hooks. They are replaced on the instances,
+so that no other model is affected, and given back when the mask is taken off. Each is a partial of
+a function here, which, unlike a bound method, can be copied and pickled with the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from fish_tuning.sparse.state import MaskState
+from fish_tuning.sparse.storage import MaskedTensor
+
+
+def patch_model(state: MaskState, root: nn.Module) -> None:
+    """Patch what reads or changes masked tensors, in a model and its modules."""
+    for module in root.modules():
+        if module is root or module in state.by_module:
+            patch(state, module, "_apply", _apply)
+        if isinstance(module, PeftModel):
+            patch(state, module, "delete_adapter", _release_deleted)
+        if isinstance(module, BaseTuner):
+            patch(state, module, "_unload_and_optionally_merge", _unload)
+            patch(state, module, "add_weighted_adapter", _read)
+        holds_masked = any(inner in state.by_module for inner in module.modules())
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and holds_masked:
+            for name in ("merge", "unmerge", "get_delta_weight"):
+                patch(state, module, name, _read)
+            for name in ("set_adapter", "set_requires_grad", "enable_adapters"):
+                patch(state, module, name, _set_requires_grad)
+            patch(state, module, "delete_adapter", _release_deleted)
+
+
+def patch(state: MaskState, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Replace a module's method, if it has one of that name, until the mask is taken off.
+
+    Args:
+        state: The state of the mask.
+        module: The module.
+        name: The method's name.
+        function: Takes the state, the module, the method's name, and the method's arguments.
+    """
+    if callable(getattr(type(module), name, None)) and name not in vars(module):
+        vars(module)[name] = functools.partial(function, state, module, name)
+        if module is not state.root():
+            state.uninstallers.append(functools.partial(_unpatch, module, name))
+
+
+def _unpatch(module: nn.Module, name: str) -> None:
+    vars(module).pop(name, None)
+
+
+def original(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A module's own method of a name."""
+    return functools.partial(getattr(type(module), name), module)
+
+
+def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Casts and moves: PyTorch makes tensors of masked buffers that are leaves no longer."""
+    result = original(module, name)(*args, **kwargs)
+    for tensor in state.by_module.get(module, []):
+        for view in tensor.views:
+            for place in view.places:
+                held = place.module._buffers.get(place.attribute)
+                if held is not None and not held.is_leaf:
+                    requires_grad = held.requires_grad
+                    place.module._buffers[place.attribute] = held.detach().requires_grad_(
+                        requires_grad
+                    )
+    if module is state.root():
+        state.update()
+    return result
+
+
+def _read(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT reads tensors: values may have been written since the last forward pass."""
+    state.update()
+    return original(module, name)(*args, **kwargs)
+
+
+def _unload(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT takes its layers out of the model, which is to be an ordinary one again."""
+    state.dissolve()
+    return original(module, name)(*args, **kwargs)
+
+
+def _release_deleted(
+    state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """PEFT deletes an adapter: its tensors leave the mask."""
+    before = _held(state, module)
+    result = original(module, name)(*args, **kwargs)
+    after = _held(state, module)
+    if gone := [tensor for tensor, places in before.items() if after.get(tensor) != places]:
+        state.release(gone)
+    return result
+
+
+def _held(state: MaskState, module: nn.Module) -> dict[MaskedTensor, int]:
+    """The masked tensors of a module and its submodules, with the number of their places."""
+    count: dict[MaskedTensor, int] = {}
+    for inner in module.modules():
+        for tensor in state.by_module.get(inner, []):
+            names = [place.attribute for place in tensor.places if place.module is inner]
+            held = sum(name in inner._buffers or name in inner._parameters for name in names)
+            count[tensor] = count.get(tensor, 0) + held
+    return count
+
+
+def _set_requires_grad(
+    state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """PEFT freezes or thaws an adapter: its values follow, which PEFT reaches only in modules.
+
+    In a ParameterDict it sets the flag of the tensor. Tensors of which nothing is selected are no
+    parameters: they note the flag for the time after the mask.
+    """
+    tensors = [t for inner in module.modules() for t in state.by_module.get(inner, [])]
+    with _as_parameters([tensor for tensor in tensors if tensor.is_frozen]):
+        result = original(module, name)(*args, **kwargs)
+    for tensor in tensors:
+        if tensor.is_split:
+            for view in tensor.views:
+                for place in view.places:
+                    if isinstance(place.module, nn.ParameterDict):
+                        tensor.values.requires_grad_(view.leaf.requires_grad)
+    return result
+
+
+@contextmanager
+def _as_parameters(tensors: list[MaskedTensor]) -> Iterator[None]:
+    """Let PEFT find unselected tensors as the parameters that they were."""
+    for tensor in tensors:
+        for view in tensor.views:
+            for place in view.places:
+                buffer = place.module._buffers.pop(place.attribute)
+                assert buffer is not None
+                place.module._parameters[place.attribute] = nn.Parameter(
+                    buffer, tensor.was_trainable
+                )
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            for view in tensor.views:
+                for place in view.places:
+                    parameter = place.module._parameters.pop(place.attribute)
+                    assert parameter is not None
+                    tensor.was_trainable = parameter.requires_grad
+                    place.module._buffers[place.attribute] = view.leaf

@@ -1,0 +1,199 @@
+"""Keeps the two copies of every selected entry equal: its value, and its place in the tensor.
+
+An optimizer writes the values. Whoever knows nothing of masks (``copy_``, ``nn.init``, a loaded
+state dict, ``.data``) writes the tensor. A group keeps the numbers on which both last agreed, so
+that each entry shows which of its copies was written since: that one wins. No version counters
+are needed, and no write escapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fish_tuning.sparse.sharded import assign, gathered
+from fish_tuning.sparse.storage import Group, MaskedTensor, Part, Place, View, grouped, values_name
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def reconcile(group: Group, tensor: MaskedTensor | None = None) -> None:
+    """Bring values and storage to the same numbers: each entry takes the copy written last.
+
+    It writes through `.data`: further forward passes and state dicts may come before a backward
+    pass, and writing numbers that are there already must not invalidate what it needs.
+
+    Args:
+        group: The group.
+        tensor: The only tensor of the group to look at, or None for all of them.
+
+    Raises:
+        RuntimeError: Both copies of an entry were written, with different numbers. Accelerators
+            would have to wait for the answer here: `check_conflicts` asks them later.
+    """
+    tensors = group.tensors if tensor is None else [tensor]
+    part = slice(None) if tensor is None else tensor.selected
+    values = gathered([each.values for each in tensors], [each.num_selected for each in tensors])
+    # Indexing takes int64 alone; converting and copying is faster than every other way.
+    index, agreed = group.index[part].long(), group.agreed[part]
+    stored = group.storage.data.index_select(0, index)
+    value_written = _bits(values) != _bits(agreed)
+    stored_written = _bits(stored) != _bits(agreed)
+    conflict = value_written & stored_written & (_bits(stored) != _bits(values))
+    write_values = True
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        write_values = bool(stored_written.any())
+        if not (write_values or value_written.any()):
+            return
+        if write_values and conflict.any():
+            raise _conflict_error(tensors, conflict)
+    else:
+        group.has_conflict.logical_or_(conflict.any())
+    merged = torch.where(value_written, values, stored)
+    group.storage.data.index_copy_(0, index, merged)
+    agreed.copy_(merged)
+    if write_values:
+        for each, new in zip(tensors, merged.split([t.num_selected for t in tensors]), strict=True):
+            assign(each.values, new)
+
+
+def check_conflicts(groups: Iterable[Group]) -> None:
+    """Raise RuntimeError if an accelerator has found an entry of which both copies were written."""
+    for group in groups:
+        if group.has_conflict:
+            group.has_conflict.zero_()
+            raise _conflict_error(group.tensors, None)
+
+
+def _conflict_error(tensors: list[MaskedTensor], conflict: Tensor | None) -> RuntimeError:
+    names = [tensor.name for tensor in tensors]
+    if conflict is not None:
+        parts = conflict.split([tensor.num_selected for tensor in tensors])
+        names = [tensor.name for tensor, part in zip(tensors, parts, strict=True) if part.any()]
+    return RuntimeError(
+        f"{names[0]} and its trained values, {values_name(names[0])}, were both written since they "
+        "last agreed, with different numbers: undo one of the two, or call the model in between"
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers, so that NaN equals itself."""
+    return tensor.view(_INTEGERS[tensor.itemsize])
+
+
+def take_in_replaced(tensors: Iterable[MaskedTensor]) -> dict[Group, list[Group]]:
+    """Take in split tensors that were moved, cast or replaced.
+
+    Casting a module, assigning a parameter or swapping a tensor's `.data` leaves a module with a
+    tensor outside the group's storage.
+
+    Returns:
+        Groups that no longer hold, with those that take their place.
+
+    Raises:
+        RuntimeError: A tensor is gone, or has another shape than its mask.
+    """
+    replaced: dict[MaskedTensor, tuple[View, Tensor]] = {}
+    changed: dict[Group, None] = {}
+    for tensor in tensors:
+        group, values = tensor.group, _tied_values(tensor)
+        assert group is not None
+        storage = group.storage
+        if (found := _outside(tensor, storage)) is not None:
+            replaced[tensor] = found
+            if found[1].dtype != storage.dtype or found[1].device != storage.device:
+                changed[group] = None
+        if values.dtype != storage.dtype or values.device != storage.device:
+            changed[group] = None
+    for tensor, (view, held) in replaced.items():
+        if tensor.group is None or tensor.group in changed:
+            continue
+        tensor.group.storage.data[tensor.entries] = view.flatten(held)
+        for each in tensor.views:
+            each.leaf.data = tensor.group.view(tensor, each).detach()
+            _hold_leaf(each)
+    return {group: grouped(_moved_parts(group, replaced)) for group in changed}
+
+
+def _outside(tensor: MaskedTensor, storage: Tensor) -> tuple[View, Tensor] | None:
+    """A tensor that some place holds in place of its view of the storage, if there is one."""
+    address = storage.data_ptr() + tensor.entries.start * storage.itemsize
+    for view in tensor.views:
+        for place in view.places:
+            held = place.module._buffers.get(place.attribute)
+            if held is view.leaf and (held.data_ptr() == address or not tensor.numel):
+                continue
+            return view, current_tensor(place, view)
+    return None
+
+
+def current_tensor(place: Place, view: View) -> Tensor:
+    """What a module holds under a masked tensor's name.
+
+    Raises:
+        RuntimeError: Nothing, or a tensor of another shape.
+    """
+    module, attribute = place.module, place.attribute
+    held = module._buffers.get(attribute)
+    held = module._parameters.get(attribute) if held is None else held
+    if held is None:
+        raise unfit(f"{place.name} is gone from its module")
+    if held.shape != view.shape:
+        now, then = tuple(held.shape), tuple(view.shape)
+        raise unfit(f"{place.name} is {now} now, its mask {then}")
+    return held.detach()
+
+
+def unfit(reason: str) -> RuntimeError:
+    """The error of a mask that no longer fits its model."""
+    return RuntimeError(
+        f"the mask no longer fits the model: {reason}. Call remove_mask(model), and mask the "
+        "model as it is now"
+    )
+
+
+def _hold_leaf(view: View) -> None:
+    """Have every place hold the view's leaf, as a buffer, whatever it held."""
+    for place in view.places:
+        place.module._parameters.pop(place.attribute, None)
+        place.module._buffers[place.attribute] = view.leaf
+
+
+def _tied_values(tensor: MaskedTensor) -> nn.Parameter:
+    """The values of a tensor, the same in all places: casts may have parted them."""
+    values = tensor.values
+    if len(tensor.views) > 1 or len(tensor.views[0].places) > 1:
+        for place in tensor.places:
+            place.module._parameters[values_name(place.attribute)] = values
+    return values
+
+
+@torch.no_grad()
+def _moved_parts(
+    group: Group, replaced: Mapping[MaskedTensor, tuple[View, Tensor]]
+) -> Iterator[Part]:
+    """The parts of a group after some have changed their device or type."""
+    for tensor, flat, positions, agreed in group.parts():
+        values: Any = tensor.values
+        if tensor in replaced:
+            view, held = replaced[tensor]
+            flat = view.flatten(held)
+        if flat.dtype == agreed.dtype and flat.device == agreed.device:
+            # PEFT and DeepSpeed cast parameters alone.
+            flat = flat.to(values.device, values.dtype)
+        elif values.dtype != flat.dtype or values.device != flat.device:
+            _cast(values, flat)
+        for view in tensor.views:
+            _hold_leaf(view)
+        yield Part(tensor, flat, positions.to(flat.device), agreed.to(flat))
+
+
+def _cast(values: nn.Parameter, like: Tensor) -> None:
+    gradient, values.grad = values.grad, None
+    values.data = values.data.to(like)
+    if gradient is not None:
+        values.grad = gradient.to(like)

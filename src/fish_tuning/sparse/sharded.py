@@ -1,0 +1,114 @@
+"""Values that `fully_shard` (FSDP2) has divided among processes.
+
+Each process holds a part of every parameter. A forward pass needs all values of a group: one
+exchange brings them together, one averages their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(values: Tensor) -> bool:
+    """Whether this process holds a part of the values, as a DTensor."""
+    return hasattr(values, "full_tensor")
+
+
+def gathered(values: list[Any], sizes: list[int]) -> Tensor:
+    """All values in one flat tensor; where they are divided, all processes have to call.
+
+    Args:
+        values: The parameters.
+        sizes: How many numbers each has in all processes together.
+
+    Raises:
+        RuntimeError: An engine other than `fully_shard` has left a part of them only.
+    """
+    whole = _complete([value for value in values if is_sharded(value)])
+    parts = [(next(whole) if is_sharded(value) else value.detach()).reshape(-1) for value in values]
+    for part, size in zip(parts, sizes, strict=True):
+        if part.numel() != size:
+            raise RuntimeError(
+                f"this process holds {part.numel()} of {size} trained values: a masked model "
+                "trains under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed ZeRO-1 "
+                "or ZeRO-2, not under FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO-3"
+            )
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def assign(value: Any, new: Tensor) -> None:
+    """Write numbers into a parameter, or this process's part of them, unseen by autograd."""
+    if is_sharded(value):
+        value.to_local().data.copy_(_local(value, new.view(value.shape)))
+    else:
+        value.data.copy_(new.view(value.shape))
+
+
+def averaged_gradients(
+    values: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Gradients of parameters, averaged over processes where `fully_shard` divides them."""
+    divided = {
+        i: gradient
+        for i, (value, gradient) in enumerate(zip(values, gradients, strict=True))
+        if gradient is not None and is_sharded(value)
+    }
+    if not divided:
+        return gradients
+    mesh = values[next(iter(divided))].device_mesh
+    flat = torch.cat([gradient.reshape(-1) for gradient in divided.values()])
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(flat, group=mesh.get_group(dimension))
+    flat /= mesh.size()
+    parts = flat.split([gradient.numel() for gradient in divided.values()])
+    averaged = {
+        i: _distributed(values[i], part.view(gradient.shape))
+        for (i, gradient), part in zip(divided.items(), parts, strict=True)
+    }
+    return [averaged.get(i, gradient) for i, gradient in enumerate(gradients)]
+
+
+def _complete(shards: list[Any]) -> Any:
+    """The full tensors of shards, with a single exchange where they are cut the usual way."""
+    from torch.distributed.tensor import Shard
+
+    if not shards or any(
+        s.device_mesh.ndim != 1
+        or s.placements != (Shard(0),)
+        or s.device_mesh != shards[0].device_mesh
+        for s in shards
+    ):
+        return iter([shard.full_tensor().detach() for shard in shards])
+    mesh = shards[0].device_mesh
+    counts = [[_share(shard, rank, mesh.size()) for shard in shards] for rank in range(mesh.size())]
+    length = max(sum(each) for each in counts)
+    local = torch.cat([shard.to_local().detach().reshape(-1) for shard in shards])
+    sent = local.new_zeros(length)
+    sent[: len(local)] = local
+    received = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(received, sent, group=mesh.get_group())
+    by_rank = [part[: sum(each)].split(each) for part, each in zip(received, counts, strict=True)]
+    return iter([torch.cat(parts) for parts in zip(*by_rank, strict=True)])
+
+
+def _share(shard: Any, rank: int, count: int) -> int:
+    """How many numbers a process holds of a tensor cut along its first dimension."""
+    rows: int = shard.shape[0]
+    chunk = -(-rows // count)
+    return max(0, min(chunk, rows - rank * chunk)) * int(shard.numel() // max(rows, 1))
+
+
+def _distributed(like: Any, tensor: Tensor) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _local(like: Any, tensor: Tensor) -> Tensor:
+    local: Tensor = _distributed(like, tensor).to_local()
+    return local

@@ -1,0 +1,347 @@
+"""The state of a masked model: its tensors, and what happens to them around a forward pass."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.idle_layers import IdleLayers
+from fish_tuning.sparse.parameters import (
+    Orders,
+    find_tensors,
+    freeze_parameter,
+    hold_unselected,
+    restore_parameter,
+    split_parameter,
+)
+from fish_tuning.sparse.reconcile import (
+    check_conflicts,
+    current_tensor,
+    reconcile,
+    take_in_replaced,
+)
+from fish_tuning.sparse.storage import Group, MaskedTensor, View, grouped
+from fish_tuning.sparse.structure import Edge, is_unchanged, locate
+
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+"""Where DistributedDataParallel looks for the names of what it leaves alone."""
+
+logger = logging.getLogger(__name__)
+
+STATE = "_fish_mask"
+"""Attribute of a masked model that holds its state."""
+
+
+class MaskState:
+    """What the masks of a model select, and how its tensors follow its values.
+
+    It is a plain object in the model's `__dict__`, not a module: a masked `nn.Sequential` keeps
+    its length and its last element. Copies and pickles of the model have a state of their own.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.tensors: list[MaskedTensor] = []
+        self.groups: list[Group] = []
+        self.by_module: dict[nn.Module, list[MaskedTensor]] = {}
+        self.orders: Orders = {}
+        self.idle = IdleLayers()
+        self.uninstallers: list[Callable[[], None]] = []
+        """Calls that take back hooks and patches. None refers to the model itself, which has to
+        be free to go."""
+        self.ignored: set[str] = set()
+        """Names that DistributedDataParallel ignores since the model is masked."""
+        self.edges: list[Edge] = []
+        self.running: int | None = None
+        """The id of the module whose forward pass is running."""
+        self.differentiable: list[View] = []
+        """The views that differ from their leaves during that pass."""
+        self.steps_without_values = 0
+        self._watch(root)
+
+    # What is masked
+
+    def add(self, root: nn.Module, mask: FishMask) -> list[MaskedTensor]:
+        """Mask further tensors of the model and return them."""
+        found = find_tensors(root, mask, mask.provenance)
+        parts = []
+        for tensor, bits in found:
+            if tensor.is_split:
+                parts.append(split_parameter(tensor, bits, self.orders))
+            elif tensor.is_frozen:
+                freeze_parameter(tensor, self.orders)
+        self.groups += grouped(parts)
+        new = [tensor for tensor, _ in found]
+        self.tensors += new
+        self.idle.add(root, mask)
+        self._index(root)
+        return new
+
+    def _index(self, root: nn.Module) -> None:
+        self.edges = locate(root, self.tensors)
+        self.by_module = {}
+        for tensor in self.tensors:
+            for place in tensor.places:
+                self.by_module.setdefault(place.module, []).append(tensor)
+
+    def mask(self, belongs: Callable[[str], bool] | None = None) -> FishMask | None:
+        """The mask of the model, or of the tensors whose names belong to what is asked for."""
+        root = self.root()
+        if root is not None and not is_unchanged(self.edges):
+            self._index(root)
+        bits_by_name, provenances = {}, []
+        for tensor in self.tensors:
+            bits = tensor.bits()
+            for view in tensor.views:
+                for place in view.places:
+                    if place.in_mask and (belongs is None or belongs(place.name)):
+                        bits_by_name[place.name] = view.of(bits).contiguous()
+                        if tensor.provenance not in provenances:
+                            provenances.append(tensor.provenance)
+        if not bits_by_name:
+            return None
+        provenance = provenances[0] if len(provenances) == 1 else {"masks": provenances}
+        return FishMask(bits_by_name, provenance=provenance)
+
+    # What leaves
+
+    def release(self, tensors: Iterable[MaskedTensor]) -> None:
+        """Make tensors ordinary parameters again, with the numbers that they have now.
+
+        Those that no longer fit their mask become parameters with what their modules hold.
+        """
+        leaving = dict.fromkeys(tensors)
+        groups = {tensor.group: None for tensor in leaving if tensor.group is not None}
+        touched = [tensor for group in groups for tensor in group.tensors]
+        self._take_in([t for t in touched if t not in leaving or _fits(t)])
+        groups = {tensor.group: None for tensor in touched if tensor.group is not None}
+        remaining = {}
+        for group in groups:
+            for tensor in group.tensors:
+                if tensor not in leaving or _fits(tensor):
+                    reconcile(group, tensor)
+            parts = list(group.parts())
+            for part in parts:
+                if part.tensor in leaving:
+                    requires_grad = part.tensor.values.requires_grad
+                    restore_parameter(part.tensor, part.flat.clone(), requires_grad, self.orders)
+            remaining[group] = grouped(part for part in parts if part.tensor not in leaving)
+        self._replace_groups(remaining)
+        for tensor in leaving:
+            if tensor.is_frozen:
+                if _fits(tensor):
+                    self._take_in([tensor])
+                view = tensor.views[0]
+                memory = view.flatten(view.leaf).clone()
+                restore_parameter(tensor, memory, tensor.was_trainable, self.orders)
+        self.tensors = [tensor for tensor in self.tensors if tensor not in leaving]
+        self.idle.release(place.module for tensor in leaving for place in tensor.places)
+        root = self.root()
+        if not self.tensors:
+            self._uninstall()
+        elif root is not None:
+            self._index(root)
+
+    def dissolve(self) -> None:
+        """Take all masks off: every tensor is a parameter again, no hook and no patch is left."""
+        self.release(self.tensors)
+
+    def _uninstall(self) -> None:
+        for uninstall in self.uninstallers:
+            uninstall()
+        self.uninstallers.clear()
+        _live.discard(self)
+        if (root := self.root()) is not None:
+            del vars(root)[STATE]
+            for name, value in list(vars(root).items()):
+                if isinstance(value, functools.partial) and self in value.args[:1]:
+                    del vars(root)[name]
+            ignored = getattr(root, DDP_IGNORES, [])
+            setattr(root, DDP_IGNORES, [name for name in ignored if name not in self.ignored])
+
+    def ignore_in_ddp(self, root: nn.Module) -> None:
+        """Keep DistributedDataParallel from broadcasting tensors before each forward pass."""
+        leaves = {id(view.leaf) for tensor in self.tensors for view in tensor.views}
+        buffers = root.named_buffers(remove_duplicate=False)
+        before = getattr(root, DDP_IGNORES, [])
+        new = {name for name, buffer in buffers if id(buffer) in leaves}.difference(before)
+        setattr(root, DDP_IGNORES, [*before, *sorted(new)])
+        self.ignored |= new
+
+    # Up to date: values and tensors hold the same numbers
+
+    def update(self, module: nn.Module | None = None) -> None:
+        """Bring the tensors of the model, or of one of its modules, up to date.
+
+        During a forward pass they are already.
+
+        Raises:
+            RuntimeError: A tensor is gone or has another shape, or it was written and its values
+                as well.
+        """
+        if self.running is not None:
+            return
+        tensors = self.tensors if module is None else self.by_module.get(module, [])
+        self._take_in(tensors)
+        if module is None:
+            for group in self.groups:
+                reconcile(group)
+            return
+        for tensor in tensors:
+            if tensor.group is not None:
+                reconcile(tensor.group, tensor)
+
+    def _take_in(self, tensors: list[MaskedTensor]) -> None:
+        """Take in what was moved, cast or replaced."""
+        self._replace_groups(take_in_replaced(t for t in tensors if t.is_split))
+        for tensor in tensors:
+            if tensor.is_frozen:
+                for view in tensor.views:
+                    place = view.places[0]
+                    held = place.module._buffers.get(place.attribute)
+                    if held is not view.leaf or held.requires_grad:
+                        hold_unselected(view, current_tensor(place, view))
+
+    def _replace_groups(self, replaced: dict[Group, list[Group]]) -> None:
+        for group, new in replaced.items():
+            self.groups.remove(group)
+            self.groups += new
+
+    def check(self) -> None:
+        """Check, before anything is saved, that the masks fit the model.
+
+        Raises:
+            RuntimeError: They do not, or a tensor was written and its values as well.
+        """
+        if (root := self.root()) is not None:
+            self._index(root)
+        self.update()
+        check_conflicts(self.groups)
+
+    # The forward pass
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Bring the tensors up to date; with gradients, let these reach the values."""
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "a masked model cannot be replicated by torch.nn.DataParallel: start one process "
+                "per device with torchrun or accelerate launch, or make only one device visible"
+            )
+        if self.running is not None:
+            return
+        root = self.root()
+        if not torch.compiler.is_compiling():
+            if root is not None and not is_unchanged(self.edges):
+                self._index(root)
+            self._take_in(self.tensors)
+            self.idle.look()
+        self.idle.running = True
+        for group in self.groups:
+            reconcile(group)
+        self.running = id(module)
+        if torch.is_grad_enabled():
+            for group in self.groups:
+                self.differentiable += group.install_differentiable()
+
+    def after_forward(self, module: nn.Module) -> None:
+        """Give the modules their leaves back."""
+        if self.running == id(module):
+            self.running, self.idle.running = None, False
+            for view in self.differentiable:
+                view.install(view.leaf)
+            self.differentiable = []
+
+    def after_step(self, stepped: set[int]) -> None:
+        """Bring the tensors up to date after an optimizer has stepped parameters of these ids."""
+        groups = [g for g in self.groups if any(id(t.values) in stepped for t in g.tensors)]
+        if groups:
+            self.steps_without_values = -1
+            self.update()
+            for group in groups:
+                # A backward through an older forward pass fails, as it does without a mask.
+                torch.autograd.graph.increment_version(group.storage)
+        elif self.steps_without_values >= 0 and any(
+            tensor.values.grad is not None for group in self.groups for tensor in group.tensors
+        ):
+            # The first may be a step of one of several optimizers, before that of another.
+            self.steps_without_values += 1
+            if self.steps_without_values == 2:
+                logger.warning(
+                    "The trained values of a mask have gradients, but no optimizer holds any of "
+                    "them, so they stay as they are: build the optimizer after the model is masked"
+                )
+
+    # Copies
+
+    def _watch(self, root: nn.Module) -> None:
+        """Take the masks off when the model that was masked is gone and its modules live on."""
+        self.root = weakref.ref(root)
+        finalizer = weakref.finalize(root, _dissolve, weakref.ref(self))
+        finalizer.atexit = False
+        _live.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "root": self.root(), "running": None, "differentiable": []}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for group in self.groups:
+            group.attach()
+        self._watch(state["root"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
+        # Where a part of the model is copied, its copy has no root. What stands for it is gone
+        # when the copy is done, which takes the mask off the copy.
+        if (root := self.root()) is not None:
+            memo.setdefault(id(root), _NoRoot())
+        state: MaskState = object.__new__(type(self))
+        memo[id(self)] = state
+        state.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return state
+
+
+class _NoRoot:
+    """Stands for the root of a model of which a part is copied."""
+
+
+def _fits(tensor: MaskedTensor) -> bool:
+    try:
+        for view in tensor.views:
+            for place in view.places:
+                current_tensor(place, view)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _dissolve(to_state: weakref.ref[MaskState]) -> None:
+    if (state := to_state()) is not None:
+        state.dissolve()
+
+
+_live: weakref.WeakSet[MaskState] = weakref.WeakSet()
+
+
+def states() -> list[MaskState]:
+    """The states of all masked models."""
+    return list(_live)
+
+
+def state_of(model: nn.Module) -> MaskState | None:
+    """The state of a masked model, which an engine or a compiler may have wrapped."""
+    module: nn.Module | None = model
+    while module is not None:
+        state = getattr(module, STATE, None)
+        if isinstance(state, MaskState):
+            return state
+        wrapped = (module._modules.get(n) for n in ("module", "_orig_mod"))
+        module = next((inner for inner in wrapped if inner is not None), None)
+    return None

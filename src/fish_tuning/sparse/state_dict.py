@@ -1,0 +1,101 @@
+"""State dicts of masked modules are those of the plain model: tensors, and no values."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fish_tuning.sparse.reconcile import check_conflicts
+from fish_tuning.sparse.state import MaskState
+from fish_tuning.sparse.storage import MaskedTensor, Place, View, values_name
+
+_METADATA = "fish_mask"
+"""Key of a module's metadata in a state dict: a checksum of the selected entries by attribute."""
+
+
+def hook_state_dict(state: MaskState, module: nn.Module) -> None:
+    """Hook the saving and loading of a module that owns masked tensors."""
+    before, after = functools.partial(_before_save, state), functools.partial(_after_save, state)
+    state.uninstallers += [
+        module.register_state_dict_pre_hook(before).remove,
+        module.register_state_dict_post_hook(after).remove,
+        module.register_load_state_dict_pre_hook(functools.partial(_before_load, state)).remove,
+        module.register_load_state_dict_post_hook(functools.partial(_after_load, state)).remove,
+    ]
+
+
+def _owned(state: MaskState, module: nn.Module) -> Iterator[tuple[MaskedTensor, View, Place]]:
+    for tensor in state.by_module.get(module, []):
+        for view in tensor.views:
+            for place in view.places:
+                if place.module is module:
+                    yield tensor, view, place
+
+
+def _before_save(state: MaskState, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    state.update(module)
+    check_conflicts(t.group for t in state.by_module.get(module, []) if t.group is not None)
+
+
+def _after_save(
+    state: MaskState, module: nn.Module, saved: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    checksums = {}
+    for tensor, view, place in _owned(state, module):
+        saved.pop(prefix + values_name(place.attribute), None)
+        key = prefix + place.attribute
+        if tensor.is_split and key in saved:
+            saved[key] = _unshared(view, saved, key)
+        if view.is_contiguous:
+            checksums[place.attribute] = _checksum(tensor)
+    metadata[_METADATA] = checksums
+
+
+def _unshared(view: View, saved: Mapping[str, Any], key: str) -> Tensor:
+    """A copy of a tensor for a state dict, one for all of its names.
+
+    Views of one storage look like tied weights to whoever saves the state dict.
+    """
+    earlier = None if view.saved is None else view.saved()
+    if earlier is not None and saved.get(view.saved_key) is earlier:
+        return earlier
+    copy: Tensor = view.leaf.detach().clone()
+    view.saved, view.saved_key = weakref.ref(copy), key
+    return copy
+
+
+def _checksum(tensor: MaskedTensor) -> int:
+    return zlib.crc32(tensor.bits().numpy().data)
+
+
+def _before_load(
+    state: MaskState,
+    module: nn.Module,
+    loaded: Mapping[str, Any],
+    prefix: str,
+    metadata: Any,
+    *args: Any,
+) -> None:
+    # Values written before are older than what is loaded.
+    state.update(module)
+    checksums = metadata.get(_METADATA, {})
+    for tensor, _, place in _owned(state, module):
+        checksum = checksums.get(place.attribute)
+        if checksum not in (None, _checksum(tensor)) and prefix + place.attribute in loaded:
+            raise ValueError(
+                f"the state dict was saved under another mask: it selects other entries of "
+                f"{place.name}. Apply the mask that was saved with it "
+                "(FishMask.from_pretrained), or call remove_mask(model) before you load it"
+            )
+
+
+def _after_load(state: MaskState, module: nn.Module, incompatible_keys: Any) -> None:
+    names = {values_name(place.attribute) for _, _, place in _owned(state, module)}
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key.rpartition(".")[2] not in names]
+    state.update(module)

@@ -1,0 +1,52 @@
+"""Where a model's masked tensors are, told again whenever the model's structure changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from fish_tuning.sparse.reconcile import unfit
+from fish_tuning.sparse.storage import MaskedTensor, Place
+
+Edge = tuple[nn.Module, str, nn.Module]
+"""A module, the name of a submodule, and the submodule."""
+
+
+def is_unchanged(edges: Iterable[Edge]) -> bool:
+    """Whether modules still have the submodules they had."""
+    return all(parent._modules.get(name) is child for parent, name, child in edges)
+
+
+def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
+    """Name the places of masked tensors as they lie in a model now; return the edges to them.
+
+    Raises:
+        RuntimeError: The model no longer has one of the modules.
+    """
+    places = [place for tensor in tensors for place in tensor.places]
+    paths = paths_of(root, places)
+    edges: dict[Edge, None] = {}
+    for place in places:
+        found = paths.get(place.module)
+        if not found:
+            raise unfit(f"{place.name} is no longer in it")
+        names = [f"{path}.{place.attribute}" if path else place.attribute for path in found]
+        place.name = place.name if place.name in names else names[0]
+        module = root
+        for name in filter(None, found[0].split(".")):
+            child = module._modules[name]
+            assert child is not None
+            edges[module, name, child] = None
+            module = child
+    return list(edges)
+
+
+def paths_of(root: nn.Module, places: Iterable[Place]) -> dict[nn.Module, list[str]]:
+    """All paths of the places' modules in a model; shared modules have several."""
+    modules = {place.module for place in places}
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        if module in modules:
+            paths.setdefault(module, []).append(path)
+    return paths
