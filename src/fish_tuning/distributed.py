@@ -80,37 +80,6 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def full_vector(values: Tensor, size: int) -> Tensor:
-    """All `size` entries of a trainable vector that `fully_shard` may have divided.
-
-    If it has, all processes have to call.
-
-    Raises:
-        RuntimeError: Another engine has left this process only a part of the vector.
-    """
-    if hasattr(values, "full_tensor"):
-        values = values.full_tensor()
-    if values.numel() != size:
-        raise RuntimeError(
-            f"this process holds {values.numel()} of {size} trained values: a masked model trains "
-            "under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed ZeRO-1 or ZeRO-2, "
-            "not under FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO-3"
-        )
-    return values
-
-
-def assign(values: Any, part: slice, new: Tensor) -> None:
-    """Does values[part] = new, even if `fully_shard` has divided the vector."""
-    if not hasattr(values, "full_tensor"):
-        values[part] = new
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    full = values.full_tensor()
-    full[part] = new
-    values.copy_(distribute_tensor(full, values.device_mesh, values.placements))
-
-
 @contextmanager
 def _explaining_failure() -> Iterator[None]:
     """Says what a failed exchange between the processes means."""

@@ -61,8 +61,9 @@ def _unshared(view: View, saved: Mapping[str, Any], key: str) -> Tensor:
 
     Views of one storage look like tied weights to whoever saves the state dict.
     """
-    earlier = None if view.saved is None else view.saved()
-    if earlier is not None and saved.get(view.saved_key) is earlier:
+    earlier: Tensor | None = None if view.saved is None else view.saved()
+    is_latest = saved.get(view.saved_key) is earlier
+    if earlier is not None and is_latest:
         return earlier
     copy: Tensor = view.leaf.detach().clone()
     view.saved, view.saved_key = weakref.ref(copy), key
