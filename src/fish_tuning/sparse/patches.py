@@ -101,8 +101,9 @@ def _release_deleted(
     before = _held(state, module)
     result = original(module, name)(*args, **kwargs)
     after = _held(state, module)
-    if gone := [tensor for tensor, places in before.items() if after.get(tensor) != places]:
-        state.release(gone)
+    gone = [tensor for tensor, places in before.items() if after.get(tensor) != places]
+    # The layers' own methods have released some already.
+    state.release(tensor for tensor in gone if tensor in state.tensors)
     return result
 
 

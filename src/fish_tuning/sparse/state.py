@@ -118,6 +118,8 @@ class MaskState:
         Those that no longer fit their mask become parameters with what their modules hold.
         """
         leaving = dict.fromkeys(tensors)
+        if not leaving:
+            return
         groups = {tensor.group: None for tensor in leaving if tensor.group is not None}
         touched = [tensor for group in groups for tensor in group.tensors]
         self._take_in([t for t in touched if t not in leaving or _fits(t)])
