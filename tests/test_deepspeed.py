@@ -12,8 +12,7 @@ from transformers import TrainingArguments
 
 from fish_tuning import FishMask, FishTuningTrainer, apply_mask, get_mask, remove_mask
 from tests.models import examples_for
-from tests.processes import in_processes
-from tests.test_distributed import (
+from tests.parallel import (
     STEPS,
     assert_identical,
     assert_same_weights,
@@ -26,6 +25,7 @@ from tests.test_distributed import (
     tensors_of,
     trainable,
 )
+from tests.processes import in_processes
 
 # Imported in the processes alone: it is slow, and asks for the accelerator once and for all.
 pytestmark = [

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from fish_tuning import apply_mask, get_mask, score_with_perturbed_b
 from tests.models import batches_of, examples_for, tiny_bert, with_lora
-from tests.test_distributed import (
+from tests.parallel import (
     assert_equal_scores,
     assert_identical,
     error_of,

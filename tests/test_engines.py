@@ -7,9 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fish_tuning import FishConfig, apply_mask, get_fish_model, score_with_perturbed_b
 from tests.models import batches_of, examples_for
-from tests.processes import in_processes
-from tests.scoring.test_processes import Failing
-from tests.test_distributed import (
+from tests.parallel import (
     assert_equal_scores,
     error_of,
     lora_bert,
@@ -17,6 +15,8 @@ from tests.test_distributed import (
     scored,
     trainable,
 )
+from tests.processes import in_processes
+from tests.scoring.test_processes import Failing
 
 
 def wrapped(rank, batches):

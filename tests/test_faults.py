@@ -32,7 +32,7 @@ from fish_tuning.packing import pack, unpack
 from tests import processes
 from tests.experiments.sweep_sample import make_sweep
 from tests.models import batches_of, examples_for, tiny_bert, with_lora
-from tests.test_trainer import (
+from tests.training import (
     Classifier,
     arguments,
     checkpointed_run,
@@ -100,7 +100,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from fish_tuning import FishMask, apply_mask, get_mask
-from tests.test_trainer import lora_bert, random_mask
+from tests.training import lora_bert, random_mask
 
 folder = Path(sys.argv[1])
 FishMask({"a": torch.ones(2**18)}).save_pretrained(folder / "mask")

@@ -18,7 +18,7 @@ from transformers import (
 
 from fish_tuning import FishMask, FishTuningCallback, apply_mask
 from tests.models import pad, tiny_bart, tiny_llama, tiny_t5, with_lora
-from tests.test_trainer import (
+from tests.training import (
     arguments,
     assert_trained_where_selected,
     data_for,

@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fish_tuning
 from fish_tuning import FishMask
-from fish_tuning.cli import main
 from fish_tuning.experiments.results import Results
+from tests.cli.running import (
+    invoke,
+    listing,
+    process,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,19 +35,6 @@ training: {output_dir: out}
 """
 
 ROWS = [f"sentence number {i},{i % 2}" for i in range(40)]
-
-
-def invoke(*arguments: str | Path):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def process(*arguments: str | Path, **kwargs) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fish_tuning.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
-
-
-def listing(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture

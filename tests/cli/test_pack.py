@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fish_tuning import FishMask
-from tests.cli.test_cli import invoke, listing
+from tests.cli.running import invoke, listing
 from tests.models import tiny_bert
 from tests.packing.saved_folders import contents, fine_tuned, load_base, new_adapter, trained
 

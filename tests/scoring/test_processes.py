@@ -22,8 +22,7 @@ from tests.models import (
     tiny_llama,
     with_lora,
 )
-from tests.processes import in_processes
-from tests.test_distributed import (
+from tests.parallel import (
     assert_equal_scores,
     assert_identical,
     error_of,
@@ -32,6 +31,7 @@ from tests.test_distributed import (
     scored,
     trainable,
 )
+from tests.processes import in_processes
 
 
 def scores_with(rank, model, batches, options):
