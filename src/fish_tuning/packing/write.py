@@ -69,6 +69,20 @@ class PackReport:
 
 
 @dataclass(frozen=True)
+class _SavedFolder:
+    """The files to pack: weights and mask, both also split into header and data, and texts."""
+
+    weights_name: WeightsName
+    weights: bytes
+    header: bytes
+    data: Bytes
+    mask: FishMask
+    mask_header: bytes
+    bits: Bytes
+    texts: dict[TextName, str]
+
+
+@dataclass(frozen=True)
 class _PackedTensor:
     """A tensor, how it is rebuilt, and those of its entries that the packed file holds."""
 
@@ -92,10 +106,8 @@ def pack(
     the first of these that reproduces them bit for bit:
 
     - a constant: LoRA's B, which starts at 0;
-    - the seed: PEFT's random start, drawn again. The seed must be what torch was seeded with right
-      before the adapter was added (`torch.manual_seed(seed)`, then `get_peft_model`);
-    - the start: the adapter before training or, for a model's own weights, the model that was
-      fine-tuned. It is needed again for unpacking;
+    - the seed: PEFT's random start, drawn again;
+    - the start, which is needed again for unpacking;
     - the entries themselves. A warning says which ones and how large they are.
 
     The file is unpacked and compared before it is written.
@@ -103,8 +115,10 @@ def pack(
     Args:
         folder: What `save_pretrained` of a masked model, or the Trainer's `save_model`, wrote.
         file: The file to write.
-        seed: The seed of the adapter's random start.
-        start: The start: a folder of safetensors files, or a state dict.
+        seed: What torch was seeded with right before the adapter was added
+            (`torch.manual_seed(seed)`, then `get_peft_model`).
+        start: The adapter before training or, for a model's own weights, the model that was
+            fine-tuned: a folder of safetensors files, or a state dict.
         base_model: Needed with a seed: the base model, or its folder or hub id, of which only the
             config is read. Default: the one that the adapter's config names.
 
@@ -120,6 +134,17 @@ def pack(
     folder, file = Path(folder), Path(file)
     if file.exists():
         raise FileExistsError(f"{file} exists: name a new file")
+    saved = _read_folder(folder)
+    sources = _sources(folder, saved.texts, seed, start, base_model)
+    tensors = _pack_tensors(saved, sources)
+    content = _packed_content(saved, tensors, seed)
+    # Unpacked and compared with the hash, because the original may now be deleted.
+    rebuild(PackedFile.from_bytes(content, file), file, lambda source: sources[source])
+    write_atomically(file, content)
+    return _report(folder, len(saved.weights), len(content), tensors)
+
+
+def _read_folder(folder: Path) -> _SavedFolder:
     weights_name = _weights_name(folder)
     mask = FishMask.from_pretrained(folder)
     weights = (folder / weights_name).read_bytes()
@@ -133,26 +158,7 @@ def pack(
         for name in get_args(TextName)
         if (folder / name).is_file()
     }
-    sources = _sources(folder, texts, seed, start, base_model)
-    tensors = _pack_tensors(header, data, mask, sources)
-    drawn = any(tensor.record.frozen == "seed" for tensor in tensors)
-    record = Record(
-        weights_name=weights_name,
-        weights_header=header.decode("latin-1"),
-        weights_sha256=hashlib.sha256(weights).hexdigest(),
-        mask_header=mask_header.decode("latin-1"),
-        texts=texts,
-        tensors=[tensor.record for tensor in tensors],
-        seed=seed if drawn else None,
-        versions={name: importlib.metadata.version(name) for name in VERSIONED} if drawn else {},
-    )
-    values = _concatenated(tensor.selected for tensor in tensors)
-    stored = _concatenated(tensor.stored for tensor in tensors)
-    content = PackedFile(record, values, stored, bits).to_bytes()
-    # Unpacked and compared with the hash, because the original may now be deleted.
-    rebuild(PackedFile.from_bytes(content, file), file, lambda source: sources[source])
-    write_atomically(file, content)
-    return _report(folder, len(weights), len(content), tensors)
+    return _SavedFolder(weights_name, weights, header, data, mask, mask_header, bits, texts)
 
 
 def _weights_name(folder: Path) -> WeightsName:
@@ -190,16 +196,16 @@ def _sources(
 
 
 def _pack_tensors(
-    header: bytes, data: Bytes, mask: FishMask, sources: Mapping[Source, Mapping[str, Tensor]]
+    saved: _SavedFolder, sources: Mapping[Source, Mapping[str, Tensor]]
 ) -> list[_PackedTensor]:
     tensors = []
-    slots = read_layout(header)
-    names = _names_in_mask(slots, mask)
+    slots = read_layout(saved.header)
+    names = _names_in_mask(slots, saved.mask)
     for slot in slots:
         name = names.get(slot.name)
-        check_shape(slot, name, mask)
-        words = data[slot.data].view(slot.word)
-        selected = selected_entries(slot, name, mask)
+        check_shape(slot, name, saved.mask)
+        words = saved.data[slot.data].view(slot.word)
+        selected = selected_entries(slot, name, saved.mask)
         record = _find_source(slot, name, words, selected, sources)
         stored = words[~selected] if record.frozen == "stored" else words[:0]
         tensors.append(_PackedTensor(slot, record, words[selected], stored))
@@ -247,6 +253,23 @@ def _find_source(
             if before is not None and np.array_equal(before[~selected], frozen):
                 return TensorRecord(mask=name, frozen=source, rounded=rounded)
     return TensorRecord(mask=name, frozen="stored")
+
+
+def _packed_content(saved: _SavedFolder, tensors: list[_PackedTensor], seed: int | None) -> bytes:
+    drawn = any(tensor.record.frozen == "seed" for tensor in tensors)
+    record = Record(
+        weights_name=saved.weights_name,
+        weights_header=saved.header.decode("latin-1"),
+        weights_sha256=hashlib.sha256(saved.weights).hexdigest(),
+        mask_header=saved.mask_header.decode("latin-1"),
+        texts=saved.texts,
+        tensors=[tensor.record for tensor in tensors],
+        seed=seed if drawn else None,
+        versions={name: importlib.metadata.version(name) for name in VERSIONED} if drawn else {},
+    )
+    values = _concatenated(tensor.selected for tensor in tensors)
+    stored = _concatenated(tensor.stored for tensor in tensors)
+    return PackedFile(record, values, stored, saved.bits).to_bytes()
 
 
 def _concatenated(parts: Iterable[Words]) -> Bytes:
