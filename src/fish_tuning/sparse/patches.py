@@ -126,7 +126,7 @@ def _set_requires_grad(
     In a ParameterDict it sets the flag of the tensor. Tensors of which nothing is selected are no
     parameters: they note the flag for the time after the mask.
     """
-    tensors = [t for inner in module.modules() for t in state.by_module.get(inner, [])]
+    tensors = list({t: None for inner in module.modules() for t in state.by_module.get(inner, [])})
     with _as_parameters([tensor for tensor in tensors if tensor.is_frozen]):
         result = original(module, name)(*args, **kwargs)
     for tensor in tensors:
@@ -141,6 +141,8 @@ def _set_requires_grad(
 @contextmanager
 def _as_parameters(tensors: list[MaskedTensor]) -> Iterator[None]:
     """Let PEFT find unselected tensors as the parameters that they were."""
+    # One of its methods may call another.
+    tensors = [t for t in tensors if all(p.attribute in p.module._buffers for p in t.places)]
     for tensor in tensors:
         for view in tensor.views:
             for place in view.places:

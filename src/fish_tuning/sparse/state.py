@@ -94,7 +94,7 @@ class MaskState:
     def mask(self, belongs: Callable[[str], bool] | None = None) -> FishMask | None:
         """The mask of the model, or of the tensors whose names belong to what is asked for."""
         root = self.root()
-        if root is not None and not is_unchanged(self.edges):
+        if root is not None and not is_unchanged(root, self.edges):
             self._index(root)
         bits_by_name, provenances = {}, []
         for tensor in self.tensors:
@@ -240,13 +240,16 @@ class MaskState:
             return
         root = self.root()
         if not torch.compiler.is_compiling():
-            if root is not None and not is_unchanged(self.edges):
+            if root is not None and not is_unchanged(root, self.edges):
                 self._index(root)
             self._take_in(self.tensors)
+            for group in self.groups:
+                group.follow_values()
             self.idle.look()
         self.idle.running = True
         for group in self.groups:
             reconcile(group)
+            group.version = group.storage._version
         self.running = id(module)
         if torch.is_grad_enabled():
             for group in self.groups:
@@ -259,6 +262,11 @@ class MaskState:
             for view in self.differentiable:
                 view.install(view.leaf)
             self.differentiable = []
+            if not torch.compiler.is_compiling():
+                # Constrained OFT projects its weights in its forward pass.
+                for group in self.groups:
+                    if group.storage._version != group.version:
+                        reconcile(group)
 
     def after_step(self, stepped: set[int]) -> None:
         """Bring the tensors up to date after an optimizer has stepped parameters of these ids."""

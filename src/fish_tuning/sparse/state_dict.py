@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp._common_utils import FSDP_PREFIX
 
 from fish_tuning.sparse.reconcile import check_conflicts
 from fish_tuning.sparse.state import MaskState
@@ -47,7 +48,9 @@ def _after_save(
 ) -> None:
     checksums = {}
     for tensor, view, place in _owned(state, module):
-        saved.pop(prefix + values_name(place.attribute), None)
+        if FSDP_PREFIX not in prefix:
+            # FullyShardedDataParallel asserts that every parameter is there.
+            saved.pop(prefix + values_name(place.attribute), None)
         key = prefix + place.attribute
         if tensor.is_split and key in saved:
             saved[key] = _unshared(view, saved, key)
@@ -77,7 +80,7 @@ def _checksum(tensor: MaskedTensor) -> int:
 def _before_load(
     state: MaskState,
     module: nn.Module,
-    loaded: Mapping[str, Any],
+    loaded: dict[str, Any],
     prefix: str,
     metadata: Any,
     *args: Any,
@@ -86,6 +89,9 @@ def _before_load(
     state.update(module)
     checksums = metadata.get(_METADATA, {})
     for tensor, _, place in _owned(state, module):
+        if prefix + place.attribute in loaded:
+            # FullyShardedDataParallel has them saved; the tensors say it all.
+            loaded.pop(prefix + values_name(place.attribute), None)
         checksum = checksums.get(place.attribute)
         if checksum not in (None, _checksum(tensor)) and prefix + place.attribute in loaded:
             raise ValueError(

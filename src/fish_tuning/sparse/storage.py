@@ -171,6 +171,8 @@ class Group:
         self.storage = parts[0].flat if len(parts) == 1 else torch.cat([p.flat for p in parts])
         self.index = torch.cat(index).to(torch.int32 if small else torch.int64)
         self.agreed = torch.cat([part.agreed for part in parts])
+        self.version = 0
+        """The storage's, when the last forward pass began."""
         self.has_conflict = torch.zeros((), dtype=torch.bool, device=self.storage.device)
         for tensor in self.tensors:
             for view in tensor.views:
@@ -203,6 +205,14 @@ class Group:
             yield Part(
                 tensor, self.storage[tensor.entries], positions, self.agreed[tensor.selected]
             )
+
+    def follow_values(self) -> None:
+        """Have the leaves of frozen values need no graph, as frozen parameters do not."""
+        for tensor in self.tensors:
+            trained = tensor.values.requires_grad
+            for view in tensor.views:
+                if view.leaf.requires_grad != trained:
+                    view.leaf.requires_grad_(trained)
 
     def install_differentiable(self) -> list[View]:
         """Give the places views whose gradients reach the values; return the views changed."""

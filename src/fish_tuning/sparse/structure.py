@@ -9,13 +9,17 @@ from torch import nn
 from fish_tuning.sparse.reconcile import unfit
 from fish_tuning.sparse.storage import MaskedTensor, Place
 
-Edge = tuple[nn.Module, str, nn.Module]
-"""A module, the name of a submodule, and the submodule."""
+Edge = tuple[nn.Module | None, str, nn.Module]
+"""A module, the name of a submodule, and the submodule. None stands for the model itself, which
+its state must not keep alive."""
 
 
-def is_unchanged(edges: Iterable[Edge]) -> bool:
-    """Whether modules still have the submodules they had."""
-    return all(parent._modules.get(name) is child for parent, name, child in edges)
+def is_unchanged(root: nn.Module, edges: Iterable[Edge]) -> bool:
+    """Whether a model and its modules still have the submodules they had."""
+    return all(
+        (root if parent is None else parent)._modules.get(name) is child
+        for parent, name, child in edges
+    )
 
 
 def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
@@ -37,7 +41,7 @@ def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
         for name in filter(None, found[0].split(".")):
             child = module._modules[name]
             assert child is not None
-            edges[module, name, child] = None
+            edges[None if module is root else module, name, child] = None
             module = child
     return list(edges)
 
