@@ -46,7 +46,7 @@ def time_of_scoring(setting: Setting) -> Iterator[Row]:
                 f"{FLOOR}, {name}",
                 at_most=goal,
                 rest="products of inputs and output gradients, squares and sums, one example more "
-                "to recognise the loss, and the first batch's comparison with autograd's gradient",
+                "to recognize the loss, and the first batch's comparison with autograd's gradient",
             )
         yield timed(
             case,

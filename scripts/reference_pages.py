@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.config.sections import section_of
-from fish_tuning.experiments.report.csv_table import csv_columns
+from fish_tuning.experiments.report.results_csv import csv_columns
 from fish_tuning.experiments.report.write import CSV_FILE, HTML_FILE, MARKDOWN_FILE
 from fish_tuning.experiments.results import (
     FORMAT_VERSION,

@@ -16,8 +16,7 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, group_runs
-from fish_tuning.experiments.report.columns import format_spread
-from fish_tuning.experiments.report.csv_table import csv_table
+from fish_tuning.experiments.report.results_csv import csv_table
 from fish_tuning.experiments.report.statistics import (
     Difference,
     paired_difference,
@@ -25,6 +24,7 @@ from fish_tuning.experiments.report.statistics import (
     spread,
 )
 from fish_tuning.experiments.report.style import TEXT, figure_style
+from fish_tuning.experiments.report.summary_table import format_spread
 from fish_tuning.experiments.results import Results, Run, read_results
 from fish_tuning.experiments.runs.search import chosen_learning_rates
 from fish_tuning.experiments.tables import Table

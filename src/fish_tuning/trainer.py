@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.apply import apply_mask, get_mask, masked_parameters
-from fish_tuning.sparse.publishing import (
+from fish_tuning.sparse.saving import (
     check_checkpoint,
     patch_trainers,
     saves_itself,

@@ -118,8 +118,8 @@ def _launch(words: list[str], num_processes: int) -> None:
 
 
 def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
-    from fish_tuning.experiments.report.columns import comparison_table
     from fish_tuning.experiments.report.comparison import compare
+    from fish_tuning.experiments.report.summary_table import comparison_table
     from fish_tuning.experiments.report.write import write_report
     from fish_tuning.experiments.runs import processes
     from fish_tuning.experiments.runs.sweep import run_checked

@@ -60,12 +60,8 @@ def mean_over_examples(
         model.to(device)
     sums = GradientSums(parameters, objective.power)
     processes = Processes(parameters)
-    bar = tqdm(
-        total=num_samples,
-        desc="Fisher",
-        unit="example",
-        disable=not progress or processes.rank > 0,
-    )
+    hidden = not progress or processes.rank > 0
+    bar = tqdm(total=num_samples, desc="Fisher", unit="example", disable=hidden)
     scorer: BatchScorer | None = None
     count = 0
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
@@ -84,11 +80,7 @@ def mean_over_examples(
             if count == num_samples:
                 break
         if scorer is None:
-            raise ValueError(
-                f"all labels of the {count} calibration examples are -100"
-                if count
-                else "the calibration dataloader is empty: give at least one example"
-            )
+            raise ValueError(_nothing_scored(count))
     processes.add(sums.totals.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
@@ -109,6 +101,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     check_in_memory(parameters)
     return parameters
+
+
+def _nothing_scored(count: int) -> str:
+    if count:
+        return f"all labels of the {count} calibration examples are -100"
+    return "the calibration dataloader is empty: give at least one example"
 
 
 def _first(batch: Batch, num_samples: int | None, count: int) -> Batch:

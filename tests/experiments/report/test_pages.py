@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fish_tuning.experiments.report.columns import pooled_table
 from fish_tuning.experiments.report.comparison import compare, pool
 from fish_tuning.experiments.report.pages import html_report, markdown_report
+from fish_tuning.experiments.report.summary_table import pooled_table
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import Results
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep

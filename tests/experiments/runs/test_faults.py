@@ -21,7 +21,7 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import RUN_FILE, read_results
-from fish_tuning.experiments.runs import engine, record, training
+from fish_tuning.experiments.runs import executor, record, training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.runs.test_sweep import FEW_ARMS, comparable, weights
@@ -348,7 +348,7 @@ def _hold(folder, config, holding):
         holding.set()
         time.sleep(60)
 
-    engine.carry_out = wait
+    executor.carry_out = wait
     os.chdir(folder)
     run_experiment(config, name="e")
 

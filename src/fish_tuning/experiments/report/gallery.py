@@ -8,7 +8,6 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, percent
-from fish_tuning.experiments.report.columns import metric_title
 from fish_tuning.experiments.report.comparison import Comparison
 from fish_tuning.experiments.report.density_figure import density_figure
 from fish_tuning.experiments.report.figures import (
@@ -18,6 +17,7 @@ from fish_tuning.experiments.report.figures import (
     training_loss,
     validation_curve,
 )
+from fish_tuning.experiments.report.summary_table import metric_title
 from fish_tuning.experiments.results import ScoreHistogram
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fish_tuning.experiments.metrics import KNOWN_METRICS, greater_is_better
-from fish_tuning.experiments.report.columns import metric_title
 from fish_tuning.experiments.report.comparison import Comparison
 from fish_tuning.experiments.report.statistics import RESAMPLES
+from fish_tuning.experiments.report.summary_table import metric_title
 
 
 def notes_on(comparison: Comparison) -> list[str]:

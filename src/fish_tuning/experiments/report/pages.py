@@ -9,13 +9,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fish_tuning.experiments.report.columns import (
-    comparison_table,
-    overview_table,
-    pooled_table,
-    run_table,
-    search_table,
-)
 from fish_tuning.experiments.report.comparison import (
     Comparison,
     compare,
@@ -25,6 +18,13 @@ from fish_tuning.experiments.report.comparison import (
 )
 from fish_tuning.experiments.report.gallery import exhibits
 from fish_tuning.experiments.report.notes import notes_on
+from fish_tuning.experiments.report.summary_table import (
+    comparison_table,
+    overview_table,
+    pooled_table,
+    run_table,
+    search_table,
+)
 from fish_tuning.experiments.report.svg import to_svg
 from fish_tuning.experiments.results import Results, Run
 from fish_tuning.experiments.tables import markdown_text

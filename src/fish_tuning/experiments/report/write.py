@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.experiments.report.csv_table import csv_table
 from fish_tuning.experiments.report.pages import html_report, markdown_report
+from fish_tuning.experiments.report.results_csv import csv_table
 from fish_tuning.experiments.results import Results
 
 CSV_FILE = "results.csv"

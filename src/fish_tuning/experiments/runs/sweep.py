@@ -14,7 +14,7 @@ from fish_tuning.experiments.results import RESULTS_FILE, Results, write_json
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import best_by
 from fish_tuning.experiments.runs.console import ProgressLines, quiet
-from fish_tuning.experiments.runs.engine import Engine, in_turn
+from fish_tuning.experiments.runs.executor import Executor, in_turn
 from fish_tuning.experiments.runs.preflight import CheckedExperiment, check_experiment
 from fish_tuning.experiments.runs.prepare import PreparedExperiment, prepare
 from fish_tuning.experiments.runs.record import (
@@ -55,7 +55,7 @@ def run_checked(checked: CheckedExperiment, *, name: str, ray_cpus: int | None =
         checked: The experiment.
         name: Its name in the results.
         ray_cpus: Number of cores per run, to train several runs at a time as tasks of Ray (see
-            `engine_ray`). None trains one run after the other in this process.
+            `executor_ray`). None trains one run after the other in this process.
 
     Returns:
         The records of all runs.
@@ -71,9 +71,9 @@ def run_checked(checked: CheckedExperiment, *, name: str, ray_cpus: int | None =
         folder = Path(experiment.config.training.output_dir)
         processes.in_main(lambda: _check_processes(experiment.config, folder))
         processes.in_main(lambda: stack.enter_context(locked(folder)))
-        engine = stack.enter_context(_engine(ray_cpus))
+        executor = stack.enter_context(_executor(ray_cpus))
         progress = stack.enter_context(ProgressLines())
-        return _Sweep(experiment, name, folder, engine, progress).run()
+        return _Sweep(experiment, name, folder, executor, progress).run()
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Sweep:
     experiment: PreparedExperiment
     name: str
     folder: Path
-    engine: Engine
+    executor: Executor
     progress: ProgressLines
 
     def run(self) -> Results:
@@ -102,7 +102,7 @@ class _Sweep:
                 if arm.run_id in finished:
                     discard_temporary(run_folder(self.folder, arm))
         left = [arm for arm in arms if arm.run_id not in finished]
-        for arm, run in self.engine(left, experiment, self.folder, self.progress.begin):
+        for arm, run in self.executor(left, experiment, self.folder, self.progress.begin):
             self.progress.end(arm, run)
             processes.in_main(self._write)
 
@@ -132,14 +132,14 @@ class _Sweep:
 
 
 @contextlib.contextmanager
-def _engine(ray_cpus: int | None) -> Iterator[Engine]:
+def _executor(ray_cpus: int | None) -> Iterator[Executor]:
     if ray_cpus is None:
         yield in_turn
         return
-    from fish_tuning.experiments.runs.engine_ray import over_ray
+    from fish_tuning.experiments.runs.executor_ray import over_ray
 
-    with over_ray(ray_cpus) as engine:
-        yield engine
+    with over_ray(ray_cpus) as executor:
+        yield executor
 
 
 def _check_processes(config: ExperimentConfig, folder: Path) -> None:

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
-from fish_tuning.experiments.report.columns import comparison_table
 from fish_tuning.experiments.report.comparison import compare
+from fish_tuning.experiments.report.summary_table import comparison_table
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import Results
 from tests.experiments.sweep_sample import failed_run, make_run, make_sweep

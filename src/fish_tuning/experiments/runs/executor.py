@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 Begin = Callable[[Arm], Report]
 """Called when a run begins; returns the function to call at each of its steps."""
 
-Engine = Callable[[Sequence[Arm], PreparedExperiment, Path, Begin], Iterator[tuple[Arm, Run]]]
+Executor = Callable[[Sequence[Arm], PreparedExperiment, Path, Begin], Iterator[tuple[Arm, Run]]]
 """Carries out the runs of some arms in an output folder, and yields each run when it ends."""
 
 
 def in_turn(
     arms: Sequence[Arm], experiment: PreparedExperiment, output_dir: Path, begin: Begin
 ) -> Iterator[tuple[Arm, Run]]:
-    """The engine that needs nothing else: one run after the other, in this process."""
+    """The executor that needs nothing else: one run after the other, in this process."""
     for arm in arms:
         yield arm, carry_out(arm, experiment, run_folder(output_dir, arm), begin(arm))
 

@@ -18,7 +18,7 @@ from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import Run
 from fish_tuning.experiments.runs.console import quiet
-from fish_tuning.experiments.runs.engine import Begin, Engine, carry_out
+from fish_tuning.experiments.runs.executor import Begin, Executor, carry_out
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from fish_tuning.experiments.runs.record import failed_run, now, run_folder, write_record
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def over_ray(cpus_per_run: int) -> Iterator[Engine]:
-    """An engine whose runs are tasks of Ray, as many at a time as cores and GPUs allow.
+def over_ray(cpus_per_run: int) -> Iterator[Executor]:
+    """An executor whose runs are tasks of Ray, as many at a time as cores and GPUs allow.
 
     Each run takes one GPU if the cluster has any, unless the config says `use_cpu`. Every machine
     must find the same files at the same paths: the output folder, local models and data, and the

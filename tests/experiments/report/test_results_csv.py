@@ -3,7 +3,7 @@
 import csv
 import io
 
-from fish_tuning.experiments.report.csv_table import csv_table
+from fish_tuning.experiments.report.results_csv import csv_table
 from fish_tuning.experiments.results import Results
 from tests.experiments.sweep_sample import failed_run, make_sweep
 
