@@ -176,9 +176,9 @@ def test_bad_configs(project, text, message):
     """Guards each mistake against a late, silent or traceback ending, and against leftovers."""
     (project / "mine.yaml").write_text(text, encoding="utf-8")
     before = listing(project)
-    start = time.perf_counter()
+    start = time.process_time()
     result = invoke("run", "mine.yaml")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     stderr = " ".join(result.stderr.split())
@@ -225,12 +225,12 @@ def test_bad_arguments(project, arguments, message):
     ["lora: {baseline_rank: 0}", "dataset: {label_column: no}", "model: {name: no/such}"],
 )
 def test_refused_before_the_slow_imports(project, text):
-    """Guards the five seconds in which a bad config is refused, from a cold start."""
+    """Guards the moment in which a bad config is refused against seconds of imports."""
     (project / "mine.yaml").write_text(text, encoding="utf-8")
+    # transformers and peft import torch.
+    (project / "torch.py").write_text("raise SystemExit('imported torch')", encoding="utf-8")
     before = listing(project)
-    start = time.perf_counter()
-    result = process("run", "mine.yaml")
-    assert time.perf_counter() - start < 5
+    result = process("run", "mine.yaml", env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
