@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fish_tuning.mask.mask import FishMask
-from fish_tuning.sparse.apply import apply_mask, get_mask, masked_parameters
+from fish_tuning.sparse.apply import apply_mask, check_fits_model, is_masked, masked_parameters
 from fish_tuning.sparse.saving import (
     check_checkpoint,
     patch_trainers,
@@ -25,12 +24,11 @@ logger = logging.getLogger(__name__)
 class FishTuningCallback(TrainerCallback):
     """Masks the model of any transformers-style Trainer (TRL's among them).
 
-    It has to be among the `callbacks` that the Trainer is built with: the mask is applied when
-    the Trainer's construction ends, before there is an optimizer.
+    Pass it among the `callbacks` with which you build the Trainer: the mask is applied when the
+    Trainer is complete, before it has an optimizer.
 
     Args:
-        mask: What is to be trained, as in `apply_mask`. None leaves a model that is masked
-            already as it is.
+        mask: What to train, see `apply_mask`. None for a model that is masked already.
     """
 
     def __init__(self, mask: Mapping[str, Tensor] | None = None) -> None:
@@ -38,12 +36,12 @@ class FishTuningCallback(TrainerCallback):
         self._diverged = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Applies the mask.
+        """Apply the mask.
 
         Raises:
-            ValueError: As in `apply_mask`; or there is no mask and the model has none either; or
-                the Trainer has copied the adapter of a model that was masked already; or it is to
-                train under DeepSpeed ZeRO-3.
+            ValueError: See `apply_mask`; or neither the callback nor the model has a mask; or the
+                Trainer has copied the adapter of a model that was masked already; or the Trainer
+                is to use DeepSpeed ZeRO-3.
         """
         if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
@@ -54,52 +52,56 @@ class FishTuningCallback(TrainerCallback):
         patch_trainers()
         if self.mask is not None:
             apply_mask(model, self.mask)
-        elif (mask := get_mask(model)) is None:
+        elif not is_masked(model):
             raise ValueError("no mask: pass one, or mask the model first (get_fish_model)")
         else:
-            _check_reference(model, mask)
+            _check_reference(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checks that what is about to be trained is what the mask selects.
+        """Check that the optimizer is about to train what the mask selects.
 
         Raises:
-            RuntimeError: The model has no mask, or the optimizer was built before it had.
+            RuntimeError: The model has no mask, or no longer fits it, or the optimizer was built
+                before the model was masked.
         """
-        values = masked_parameters(kwargs["model"])
-        if get_mask(kwargs["model"]) is None:
+        model = kwargs["model"]
+        if not is_masked(model):
             raise RuntimeError(
                 "the model has no mask: FishTuningCallback came after the Trainer was built. Pass "
                 "it in callbacks=[...]; model_init is not supported"
             )
+        check_fits_model(model)
         if args.deepspeed_plugin is not None or args.fsdp:
             return  # Their optimizers hold tensors of their own.
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
-        if any(id(value) not in held for value in values):
+        values = [value for value in masked_parameters(model) if value.requires_grad]
+        if values and not any(id(value) in held for value in values):
             raise RuntimeError(
                 "the optimizer was built before the mask was applied and holds none of the "
                 "selected values: apply the mask first, or let the Trainer build the optimizer"
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the mask into a checkpoint of a model that has no save_pretrained to do it."""
+        """Write the mask into the checkpoint of a model that has no save_pretrained to do it."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and not saves_itself(kwargs["model"]) and folder.is_dir():
             write_mask(kwargs["model"], str(folder))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the mask and its description where a Trainer gathers what it uploads.
+        """Write the mask and its description into the folder that a Trainer uploads.
 
-        Of a checkpoint it copies there the weights and the config alone.
+        The Trainer copies only weights and config of a checkpoint there.
         """
         if state.is_world_process_zero:
             write_mask(kwargs["model"], str(args.output_dir))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warns, once, when a trained value is no number any more: the logged loss may hide it."""
+        """Warn, once, when a trained value is no longer finite: the logged loss may hide it."""
         if self._diverged or args.fsdp:
             return
         values = masked_parameters(kwargs["model"])
-        wrong = sum(int((~value.detach().isfinite()).sum()) for value in values)
+        # One wait for an accelerator, instead of one for each parameter.
+        wrong = sum((~value.detach().isfinite()).sum().to(values[0].device) for value in values)
         if wrong:
             self._diverged = True
             logger.warning(
@@ -113,12 +115,12 @@ class FishTuningCallback(TrainerCallback):
             )
 
 
-def _check_reference(model: nn.Module, mask: FishMask) -> None:
-    """TRL's DPOTrainer copies an adapter's parameters to "ref"; masked tensors are none."""
-    masked, parameters = dict(model.named_buffers()), dict(model.named_parameters())
-    for name in mask:
+def _check_reference(model: nn.Module) -> None:
+    """Refuse the adapter "ref" of TRL's DPOTrainer, which copies parameters, not masked tensors."""
+    buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
+    for name, tensor in buffers.items():
         reference = parameters.get(name.replace(".default.", ".ref."))
-        if name in masked and reference is not None and not torch.equal(reference, masked[name]):
+        if name not in parameters and reference is not None and not torch.equal(reference, tensor):
             raise ValueError(
                 "the adapter 'ref', with which DPO compares, lacks what was masked before the "
                 "Trainer was built: leave the model as it is and pass FishTuningCallback(mask)"
@@ -126,20 +128,20 @@ def _check_reference(model: nn.Module, mask: FishMask) -> None:
 
 
 class FishTuningTrainer(Trainer):
-    """transformers' Trainer over a masked model.
+    """transformers' Trainer for a masked model.
 
-    Checkpoints and saved models hold the usual files, the mask beside them and its description in
-    the model card. A checkpoint of another mask is refused.
+    Checkpoints and saved models hold the usual files, with the mask beside them and its
+    description in the model card. A checkpoint of another mask is refused.
 
     Args:
         model: The model; masked in place.
         args: transformers' `TrainingArguments`.
-        mask: What is to be trained, as in `apply_mask`. None if the model is masked already.
+        mask: What to train, see `apply_mask`. None for a model that is masked already.
         callbacks: Further callbacks.
         **kwargs: Everything else that `Trainer` takes.
 
     Raises:
-        ValueError: As in `apply_mask`; or there is no mask and the model has none either.
+        ValueError: See `apply_mask`; or there is no mask and the model has none either.
     """
 
     def __init__(
@@ -168,7 +170,7 @@ class FishTuningTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Trains, as transformers' Trainer does.
+        """Train, as transformers' Trainer does.
 
         Raises:
             ValueError: The checkpoint to resume from was trained with another mask.

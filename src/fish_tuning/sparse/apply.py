@@ -126,6 +126,16 @@ def is_masked(model: nn.Module) -> bool:
     return state_of(model) is not None
 
 
+def check_fits_model(model: nn.Module) -> None:
+    """Check that a model still has what its masks select from.
+
+    Raises:
+        RuntimeError: A layer, head or embedding was removed, replaced or resized.
+    """
+    if (state := state_of(model)) is not None:
+        state.check()
+
+
 def masked_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained values of a masked model, one parameter per tensor.
 

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fish_tuning.sparse.state import MaskState
-from fish_tuning.sparse.storage import MaskedTensor
+from fish_tuning.sparse.storage import MaskedTensor, values_name
 
 
 def patch_model(state: MaskState, root: nn.Module) -> None:
@@ -29,6 +29,7 @@ def patch_model(state: MaskState, root: nn.Module) -> None:
             patch(state, module, "_apply", _apply)
         if isinstance(module, PeftModel):
             patch(state, module, "delete_adapter", _release_deleted)
+            patch(state, module, "get_parameter", _get_parameter)
         if isinstance(module, BaseTuner):
             patch(state, module, "_unload_and_optionally_merge", _unload)
             patch(state, module, "add_weighted_adapter", _read)
@@ -86,6 +87,24 @@ def _read(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: 
     """PEFT reads tensors: values may have been written since the last forward pass."""
     state.update()
     return original(module, name)(*args, **kwargs)
+
+
+def _get_parameter(state: MaskState, module: nn.Module, name: str, target: str) -> Any:
+    """TRL's DPOTrainer copies parameters of one adapter to another by name, not masked tensors.
+
+    Raises:
+        ValueError: The other adapter is not masked.
+    """
+    try:
+        return original(module, name)(target)
+    except AttributeError as error:
+        if not target.endswith(values_name("")):
+            raise
+        raise ValueError(
+            f"{target} is to be copied from a masked adapter, and its own adapter has no mask. "
+            "DPOTrainer copies the parameters of the adapter to one that it calls 'ref', without "
+            "what a mask has frozen: leave the model as it is and pass FishTuningCallback(mask)"
+        ) from error
 
 
 def _unload(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

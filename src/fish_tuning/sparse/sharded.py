@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(values: Tensor) -> bool:
     """Whether this process holds a part of the values, as a DTensor."""
-    return hasattr(values, "full_tensor")
+    return type(values) is not nn.Parameter and hasattr(values, "full_tensor")
 
 
 def gathered(values: list[Any], sizes: list[int]) -> Tensor:
@@ -29,8 +29,8 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
     Raises:
         RuntimeError: An engine other than `fully_shard` has left a part of them only.
     """
-    whole = _complete([value for value in values if is_sharded(value)])
-    parts = [(next(whole) if is_sharded(value) else value.detach()).reshape(-1) for value in values]
+    full = _complete([value for value in values if is_sharded(value)])
+    parts = [(next(full) if is_sharded(value) else value.detach()).reshape(-1) for value in values]
     for part, size in zip(parts, sizes, strict=True):
         if part.numel() != size:
             raise RuntimeError(

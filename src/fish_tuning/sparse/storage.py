@@ -101,6 +101,10 @@ class MaskedTensor:
     selected: slice = field(default_factory=lambda: slice(0))
     """Its part of the group's index."""
 
+    def __post_init__(self) -> None:
+        place = self.views[0].places[0]
+        self._owner, self._values_name = place.module, values_name(place.attribute)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "group": None}
 
@@ -124,9 +128,8 @@ class MaskedTensor:
 
     @property
     def values(self) -> nn.Parameter:
-        """The parameter that holds the selected entries."""
-        place = self.views[0].places[0]
-        values = place.module._parameters[values_name(place.attribute)]
+        """The parameter that holds the selected entries, which others may have replaced."""
+        values = self._owner._parameters[self._values_name]
         assert values is not None
         return values
 
