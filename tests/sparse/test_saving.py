@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fish_tuning import FishMask, apply_mask, get_mask
-from fish_tuning.sparse.publishing import check_checkpoint
+from fish_tuning.sparse.saving import check_checkpoint
 from tests.sparse.small import LORA, Mlp, inputs, lora_mlp, random_mask, train
 
 
