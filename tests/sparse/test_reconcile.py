@@ -177,3 +177,19 @@ def test_a_mask_of_base_weights_takes_what_is_loaded():
     assert not result.missing_keys and not result.unexpected_keys
     for name, expected in source.items():
         assert torch.equal(model.state_dict()[name], expected)
+
+
+def test_a_cast_of_parameters_alone():
+    """Guards against tensors of another type than the values, which DeepSpeed casts by data."""
+    model = lora_mlp()
+    mask = random_mask(model)
+    mask[NAME.replace("lora_B", "lora_A")].zero_()
+    apply_mask(model, mask)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    model(inputs().bfloat16()).sum().backward()
+    for name, now in model.state_dict().items():
+        assert now.dtype == torch.bfloat16
+        assert torch.equal(now, before[name].bfloat16())
+    assert values(model).grad.dtype == torch.bfloat16

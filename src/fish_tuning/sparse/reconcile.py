@@ -183,8 +183,9 @@ def _moved_parts(
             view, held = replaced[tensor]
             flat = view.flatten(held)
         if flat.dtype == agreed.dtype and flat.device == agreed.device:
-            # PEFT and DeepSpeed cast parameters alone.
+            # PEFT and DeepSpeed cast parameters, and leave buffers as they are.
             flat = flat.to(values.device, values.dtype)
+            group.only_values_cast = True
         elif values.dtype != flat.dtype or values.device != flat.device:
             _cast(values, flat)
         for view in tensor.views:

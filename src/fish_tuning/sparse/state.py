@@ -202,7 +202,8 @@ class MaskState:
 
     def _take_in(self, tensors: list[MaskedTensor]) -> None:
         """Take in what was moved, cast or replaced."""
-        self._replace_groups(take_in_replaced(t for t in tensors if t.is_split))
+        replaced = take_in_replaced(t for t in tensors if t.is_split)
+        self._replace_groups(replaced)
         for tensor in tensors:
             if tensor.is_frozen:
                 for view in tensor.views:
@@ -210,6 +211,16 @@ class MaskState:
                     held = place.module._buffers.get(place.attribute)
                     if held is not view.leaf or held.requires_grad:
                         hold_unselected(view, current_tensor(place, view))
+        for group, new in replaced.items():
+            if group.only_values_cast:
+                self._cast_unselected(group.storage.dtype, new[0].storage.dtype)
+
+    def _cast_unselected(self, before: torch.dtype, now: torch.dtype) -> None:
+        """Cast the tensors that would have been cast with the values, were they parameters."""
+        for tensor in self.tensors:
+            for view in tensor.views:
+                if tensor.is_frozen and view.leaf.dtype == before:
+                    hold_unselected(view, view.leaf.to(now))
 
     def _replace_groups(self, replaced: dict[Group, list[Group]]) -> None:
         for group, new in replaced.items():

@@ -176,6 +176,8 @@ class Group:
         self.agreed = torch.cat([part.agreed for part in parts])
         self.version = 0
         """The storage's, when the last forward pass began."""
+        self.only_values_cast = False
+        """Whether it no longer holds since somebody has cast values, but not their tensors."""
         self.has_conflict = torch.zeros((), dtype=torch.bool, device=self.storage.device)
         for tensor in self.tensors:
             for view in tensor.views:
