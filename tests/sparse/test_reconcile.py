@@ -6,6 +6,8 @@ from torch import nn
 
 from fish_tuning import apply_mask, remove_mask
 from fish_tuning.sparse import masked_parameters
+from fish_tuning.sparse.reconcile import reconcile
+from fish_tuning.sparse.state import state_of
 from tests.sparse.small import Mlp, inputs, lora_mlp, random_mask, train
 
 NAME = "base_model.model.first.lora_B.default.weight"
@@ -193,3 +195,23 @@ def test_a_cast_of_parameters_alone():
         assert now.dtype == torch.bfloat16
         assert torch.equal(now, before[name].bfloat16())
     assert values(model).grad.dtype == torch.bfloat16
+
+
+def test_accelerators_tell_of_a_conflict_when_something_is_saved(monkeypatch):
+    """Guards the way without a wait for the answer, which forward passes on accelerators take."""
+    model, bits = masked()
+    group = state_of(model).groups[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.compiler, "is_compiling", lambda: True)
+        tensor(model).data.fill_(4.0)
+        reconcile(group)
+        assert (values(model) == 4).all() and not group.has_conflict
+        values(model).data[1:] = 5.0
+        reconcile(group)
+        assert torch.equal(tensor(model)[bits], values(model).view(-1))
+        values(model).data.fill_(6.0)
+        tensor(model).data.fill_(7.0)
+        reconcile(group)
+    with pytest.raises(RuntimeError, match="were both written"):
+        model.state_dict()
+    model.state_dict()
