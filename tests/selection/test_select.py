@@ -295,3 +295,14 @@ def test_provenance_says_how_the_mask_was_made():
         "selected_by_position": 0,
         "criterion": "fisher",
     }
+
+
+def test_a_pattern_that_matches_nothing_is_told(caplog):
+    """Guards against a typing error that has the head thinned like any adapter tensor."""
+    scores = {"lora_A": torch.rand(4, 4), "head.modules_to_save.weight": torch.rand(2, 4)}
+    create_mask_from_fisher(scores, 0.5, ["modules_to_save"])
+    create_mask_from_fisher({"lora_A": scores["lora_A"]}, 0.5, ["modules_to_save"])
+    assert not caplog.records
+    create_mask_from_fisher(scores, 0.5, ["modules_to_safe", "modules_to_save"])
+    (record,) = caplog.records
+    assert record.message.startswith("names_to_exclude: 'modules_to_safe' matches none of the 2")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -62,6 +63,7 @@ def create_mask_from_fisher(
     _check_scores(fisher_scores)
     entries = {name: scores.numel() for name, scores in fisher_scores.items()}
     pool, k = pool_and_quota(entries, keep_ratio, names_to_exclude, num_trainable)
+    _report_unmatched(patterns_of(names_to_exclude), entries)
     selected, ties = _select(fisher_scores, pool, k, scope)
     _report_ties(ties)
     return FishMask(
@@ -78,6 +80,17 @@ def create_mask_from_fisher(
             **(provenance or {}),
         },
     )
+
+
+def _report_unmatched(patterns: Iterable[str], names: Collection[str]) -> None:
+    """Warn of patterns that match nothing, but for the default one: not every model has a head."""
+    for pattern in patterns:
+        if pattern != "modules_to_save" and not any(re.search(pattern, name) for name in names):
+            logger.warning(
+                "names_to_exclude: %r matches none of the %d scored tensors: it excludes nothing",
+                pattern,
+                len(names),
+            )
 
 
 def _select(
