@@ -37,7 +37,7 @@ NUMERIC := per_example scoring selection sparse
 test-numeric: $(STAMP) ## what depends on the processor's instructions
 	$(PYTEST) $(NUMERIC:%=tests/%) $(patsubst %,tests/test_%.py,methods families quantized trainer other_trainers distributed)
 
-# Not in .venv: accelerate imports DeepSpeed wherever it is installed, for whatever it does.
+# Not in .venv: accelerate always imports DeepSpeed if it is installed, even when it is not used.
 WITH_DEEPSPEED := .venv-deepspeed
 
 $(WITH_DEEPSPEED)/.installed: pyproject.toml constraints.txt
@@ -55,7 +55,7 @@ $(ADAPTERS)/.installed: pyproject.toml constraints-adapters.txt
 	$(ADAPTERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-adapters.txt -e '.[adapters,test]'
 	@touch $@
 
-# Not there: the extras `experiments` and `quantization`, TRL, and PEFT as the table of methods has it.
+# That environment lacks the extras `experiments` and `quantization`, TRL, and the table's PEFT.
 ELSEWHERE := tests/mask/test_card.py $(patsubst %,tests/test_%.py,methods other_trainers quantized readme)
 CORE := per_example scoring selection mask sparse packing
 test-adapters: $(ADAPTERS)/.installed ## the adapters library, and this one on the transformers that it needs
@@ -81,7 +81,7 @@ test-oldest: $(OLDEST)/.installed ## the core on the oldest allowed versions
 fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 	$(BIN)/python -m tests.fuzz 600
 
-# glibc keeps freed memory: whether it gives some back between two steps is an accident of the heap.
+# Makes glibc keep freed memory: otherwise it is up to chance whether it returns some between steps.
 BENCH := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python -m benchmarks
 
 bench: $(STAMP) ## speed and memory on the processor, some 10 minutes on an idle machine

@@ -53,7 +53,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(
     device: Annotated[str, typer.Option(help="cpu, or an accelerator such as cuda.")] = "cpu",
-    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Cases to run, of: {', '.join(CASES)}.")
+    ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Sizes that only show that it runs.")
     ] = False,
@@ -63,11 +65,13 @@ def main(
 ) -> None:
     """Measure speed and memory, and write a JSON file and a Markdown table."""
     if unknown := set(only or []) - CASES.keys():
-        raise typer.BadParameter(f"{unknown.pop()!r}: choose of {', '.join(CASES)}")
+        raise typer.BadParameter(f"{unknown.pop()!r}: choose from {', '.join(CASES)}")
     if device != "cpu" and not torch.accelerator.is_available():
         raise typer.BadParameter(f"{device!r}: this machine has no accelerator")
     if (tiny or only) and output is None:
-        raise typer.BadParameter("a part or a tiny run is no result: give it an --output")
+        raise typer.BadParameter(
+            "a partial or tiny run does not replace the results: give it an --output"
+        )
     console = Console()
     setting = Setting(device, tiny)
     results = Results(environment(device))
@@ -85,8 +89,8 @@ def main(
     if path.is_file():
         apart = results.agreement(Results.load(path))
         console.print(
-            f"{len(results.rows) - len(apart)} of {len(results.rows)} figures agree with the run "
-            f"before: they lie in its spread, or at most {BETWEEN_RUNS:.0%} beyond it"
+            f"{len(results.rows) - len(apart)} of {len(results.rows)} figures agree with the "
+            f"previous run: they lie in its spread, or at most {BETWEEN_RUNS:.0%} beyond it"
         )
         for line in apart:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -96,7 +100,7 @@ def main(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What libraries say of random weights and short training belongs to no table."""
+    """Silence the libraries' warnings about random weights and short training."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,14 +18,14 @@ from benchmarks.table import Row, exact, timed
 
 def compiling(setting: Setting) -> Iterator[Row]:
     """Graphs after steps and evaluations with two sizes of batches; on an accelerator, time."""
-    # Two layers have the graphs of twelve.
+    # Two layers give the same graphs as twelve.
     ways: dict[str, Way] = {"FISH": partial(fish, TINY, 4), "LoRA": partial(lora, TINY, 4)}
     graphs, breaks = {}, {}
     for name, way in ways.items():
         contender = Contender.of(way(setting.device))
-        # The first call of all settles what the model's loss is, which graphs depend on.
+        # The very first call determines the model's loss function, which the graphs depend on.
         contender.step(batch_of(4, 8, setting.device))
-        # Sizes that varied before are remembered beyond a reset.
+        # A reset alone does not forget which sizes have varied.
         torch._dynamo.reset()
         reset_code_state()
         counters.clear()

@@ -40,7 +40,7 @@ class Contender:
 
     @property
     def num_trainable(self) -> int:
-        """Numbers that the optimizer holds."""
+        """Number of values that the optimizer holds."""
         groups = self.optimizer.param_groups
         return sum(p.numel() for group in groups for p in group["params"])
 
@@ -68,7 +68,7 @@ def lora(shape: Shape, rank: int, device: str, **config: Any) -> Any:
 
 
 def fish(shape: Shape, rank: int, device: str, **config: Any) -> nn.Module:
-    """LoRA of which Fisher information selects as many entries as LoRA of half the rank has."""
+    """Masked LoRA: Fisher information selects as many entries as LoRA of half the rank has."""
     model = lora(shape, rank, device)
     settings = FishConfig(
         num_trainable=half_of(model), num_samples=32, names_to_exclude=(HEAD,), **config
@@ -77,7 +77,7 @@ def fish(shape: Shape, rank: int, device: str, **config: Any) -> nn.Module:
 
 
 def fish_upper_layers(shape: Shape, rank: int, device: str) -> nn.Module:
-    """As many entries, all of them in the upper half of the layers."""
+    """The same number of entries, all of them in the upper half of the layers."""
     model = lora(shape, rank, device)
     entries = [name for name in trainable(model) if HEAD not in name]
     lower = set(entries[: len(entries) // 2])
@@ -86,7 +86,7 @@ def fish_upper_layers(shape: Shape, rank: int, device: str) -> nn.Module:
 
 
 def hooked(shape: Shape, rank: int, device: str, mask: Mapping[str, Tensor]) -> nn.Module:
-    """LoRA whose gradients hooks multiply by a mask."""
+    """LoRA with hooks that multiply its gradients by a mask."""
     model: nn.Module = lora(shape, rank, device)
     mask_gradients(model, mask)
     return model
@@ -102,7 +102,7 @@ def half_of(model: nn.Module) -> int:
 def peers(shape: Shape, rank: int) -> dict[str, Way]:
     """PEFT's other methods at the number of trainable values of LoRA of this rank, or just below.
 
-    DoRA trains magnitudes besides, so that it has a rank less.
+    DoRA also trains magnitudes, so its rank is one lower.
     """
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": [*shape.targets]}
     dense = lora(shape, rank, "meta")

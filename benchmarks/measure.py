@@ -25,14 +25,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """The spread of a figure's values, one a round; a single value is exact."""
+        """The spread of a figure's values, one per round; a single value is exact."""
         low, median, high = (float(q) for q in np.quantile(values, (LOW, 0.5, HIGH)))
         return cls(median, low, high)
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of each contender, one value a round."""
+    """Seconds of each contender, one value per round."""
 
     seconds: dict[str, list[float]]
 
@@ -43,14 +43,15 @@ class Rounds:
     def ratios(self, name: str, other: str) -> list[float]:
         """Time of one contender over another's in the same round.
 
-        Neighbours in time share what else goes on in the machine; a ratio of medians does not.
+        Whatever else the machine was doing affected both, so it cancels; in a ratio of medians it
+        would not.
         """
         pairs = zip(self.seconds[name], self.seconds[other], strict=True)
         return [mine / theirs for mine, theirs in pairs]
 
 
 def synchronize(device: str) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device != "cpu":
         torch.accelerator.synchronize()
 
@@ -62,9 +63,9 @@ def take_turns(
 
     Args:
         contenders: What to time, by name.
-        rounds: How many counted times each of them runs.
-        device: Where they work.
-        warmup: Rounds before those, not counted.
+        rounds: How many measured rounds to run.
+        device: Where they run.
+        warmup: How many rounds to run before those, not measured.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -84,7 +85,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
     """Bytes of tensors at the highest point of a run, beyond those that were there before.
 
     Exact on both kinds of device: an accelerator's allocator keeps the peak, and on the processor
-    the profiler records every allocation, which the memory of a process would blur.
+    the profiler records every allocation. The resident memory of the process would be a blur.
     """
     gc.collect()
     if device != "cpu":
@@ -95,7 +96,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    # Without public access: key_averages() has sums, and no peak.
+    # There is no public access: key_averages() has sums, but no peak.
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(np.cumsum(sizes).max(initial=0))

@@ -60,7 +60,7 @@ def time_of_scoring(setting: Setting) -> Iterator[Row]:
 
 
 def memory_of_scoring(setting: Setting) -> Iterator[Row]:
-    """Peaks beyond the model: against a plain pass, by number of examples, of wide layers."""
+    """Peak memory beyond the model: against a plain pass, by number of examples, of wide layers."""
     shape = setting.base
     model = lora(shape, setting.rank, setting.device).eval()
     size, tokens = (4, 8) if setting.tiny else (32, 32)
@@ -107,7 +107,7 @@ def memory_of_scoring(setting: Setting) -> Iterator[Row]:
 
 
 def growth_of_scoring(setting: Setting) -> Iterator[Row]:
-    """Time for each example and each token as there are more of them."""
+    """Time per example and per token as their number grows."""
     shape = TINY if setting.tiny else MINILM
     model = lora(shape, setting.rank, setting.device).eval()
     few, many = (8, 16) if setting.tiny else (32, 256)
@@ -146,7 +146,7 @@ def growth_of_scoring(setting: Setting) -> Iterator[Row]:
 
 
 def scores(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
-    """The scores that the default of `FishConfig` takes."""
+    """The scores that `FishConfig` uses by default."""
     return score_with_perturbed_b(model, batches, progress=False)
 
 
@@ -158,7 +158,7 @@ def plain_pass(model: nn.Module, batches: list[Batch]) -> None:
 
 
 def naive_scores(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
-    """Squared gradients of one example after the other, each without padding."""
+    """Squared gradients of one example after another, each without padding."""
     parameters = trainable(model)
     singles = one_by_one(batches)
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}

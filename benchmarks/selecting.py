@@ -49,7 +49,7 @@ def top_k(setting: Setting) -> Iterator[Row]:
 def application(setting: Setting) -> Iterator[Row]:
     """Applying a mask of half the entries, and removing it."""
     shape, rank = (TINY, 4) if setting.tiny else (TINYLLAMA, 32)
-    # The adapter alone is real: a mask does not touch what it does not name.
+    # Only the adapter has real memory: a mask does not touch what it does not name.
     model = lora(shape, rank, "meta")
     for name, module in model.named_modules():
         if "lora_" in name and not list(module.children()) and list(module.parameters()):

@@ -1,4 +1,4 @@
-"""Where and how large the cases are run."""
+"""The device and the sizes that the cases run with."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Setting:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the processor computes."""
+        """Whether the device is the processor."""
         return self.device == "cpu"
 
     @property
     def shapes(self) -> list[Shape]:
-        """Models that steps are timed on."""
+        """The models whose steps are timed."""
         if self.tiny:
             return [TINY]
         return [MINILM, BERT_BASE] if self.on_cpu else [MINILM, BERT_BASE, TINYLLAMA]
 
     @property
     def base(self) -> Shape:
-        """The model of the cases that take one."""
+        """The model of the cases that use only one."""
         return TINY if self.tiny else BERT_BASE
 
     @property
@@ -37,7 +37,7 @@ class Setting:
         return 4 if self.tiny else 16
 
     def rounds(self, number: int) -> int:
-        """How often to measure; accelerators are quick."""
+        """How often to measure; more often on accelerators, which are fast."""
         if self.tiny:
             return 2
         return number if self.on_cpu else max(number, 20)

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.measure import HIGH, LOW, Rounds, Spread
 
 BETWEEN_RUNS = 0.05
-"""By how much of itself a median may lie beyond the spread of another run: processes differ in
-ways that the rounds of one do not show, such as where their memory lies."""
+"""How far a median may lie beyond the spread of another run, as a fraction of that run's median.
+Processes differ in ways that the rounds of one do not show, such as where their memory lies."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Row:
         against: What it is measured against; empty for a figure that stands alone.
         figure: The absolute figures, in words.
         ratio: The figure over that of `against`, or the figure itself, with its spread.
-        at_most: The goal of `ratio`, where a low one is good.
-        at_least: The goal of `ratio`, where a high one is good.
-        unit: Of `ratio`; "x" for a ratio.
-        rest: What a missed goal consists of.
+        at_most: The goal, where a low `ratio` is good.
+        at_least: The goal, where a high `ratio` is good.
+        unit: Unit of `ratio`; "x" for a ratio.
+        rest: What accounts for a missed goal.
     """
 
     case: str
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the median keeps the goal; where it does not, whether the spread holds it."""
+        """Whether the median meets the goal; if not, whether the goal lies within the spread."""
         if self.at_most is None and self.at_least is None:
             return "-"
         if self.at_most is not None:
@@ -125,7 +125,7 @@ class Results:
         return cls(record["environment"], rows)
 
     def markdown(self) -> str:
-        """The whole table, and what missed goals consist of."""
+        """The whole table, and what accounts for missed goals."""
         place = self.environment
         packages = ", ".join(f"{name} {number}" for name, number in place["versions"].items())
         lines = [

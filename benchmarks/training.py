@@ -37,7 +37,7 @@ HOOKS = "gradient hooks, float masks, dense AdamW"
 
 
 def ways(shape: Shape, rank: int) -> dict[str, Way]:
-    """LoRA and maskings of it; all but those of the full rank train the same number of values."""
+    """LoRA and masked variants; all but LoRA of the full rank train the same number of values."""
 
     def with_hooks(device: str) -> nn.Module:
         return hooked(shape, rank, device, half_mask(lora(shape, rank, "meta")))
@@ -139,12 +139,12 @@ def _step_rows(case: str, rounds: Rounds, rank: int) -> Iterator[Row]:
 
 
 def step_with_default_malloc(setting: Setting) -> Iterator[Row]:
-    """A step in a process of its own, whose C library gives freed memory back as it likes.
+    """A step in a separate process, whose C library returns freed memory to the system as usual.
 
     All other cases run with MALLOC_TRIM_THRESHOLD_ set (see the Makefile). Without it glibc returns
     the top of the heap to the system when enough of it is free, and the next step has to fetch
-    these pages again. How much is free there depends on where small and lasting tensors came to
-    lie, and no contender has a say in that.
+    these pages again. How much is free there depends on where small, long-lived tensors happen to
+    be, which no contender controls.
     """
     if not setting.on_cpu:
         return

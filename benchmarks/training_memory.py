@@ -57,7 +57,7 @@ def peak_of_training(way: Way, batch: Batch, device: str) -> int:
 
 
 def bytes_held(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; what lies in the same memory counts once."""
+    """Bytes of a model's parameters and buffers; shared memory counts once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in chain(model.parameters(), model.buffers())
@@ -66,7 +66,7 @@ def bytes_held(model: nn.Module) -> int:
 
 
 def _parts(setting: Setting, batch: Batch) -> str:
-    """What a half selected adapter of twice the rank holds more, in numbers."""
+    """What a half-selected adapter of twice the rank needs beyond LoRA, in numbers."""
     shape, rank = setting.base, setting.rank
     full, half = ways(shape, rank)[f"LoRA r={rank}"], ways(shape, rank)[f"LoRA r={rank // 2}"]
     entries = (bytes_held(full("cpu")) - bytes_held(half("cpu"))) / 1e6
@@ -92,7 +92,7 @@ def optimizer_state(setting: Setting) -> Iterator[Row]:
     k = contender.num_trainable
     yield Row(
         f"optimizer state, {shape.name}, {k:,} values",
-        "two numbers a value",
+        "two numbers per value",
         f"{kept:,} against {2 * k:,}",
         exact(kept / (2 * k)),
         at_most=1,
@@ -106,14 +106,14 @@ def optimizer_state(setting: Setting) -> Iterator[Row]:
         f"{megabytes(index)} for {mask.num_trainable:,} selected entries",
         exact(index / mask.num_trainable),
         at_most=4,
-        unit=" bytes an entry",
+        unit=" bytes per entry",
     )
     with TemporaryDirectory() as folder:
         mask.save_pretrained(folder)
         size = (Path(folder) / BITS_FILE).stat().st_size
     yield Row(
         f"mask on disk, {shape.name}",
-        "one bit an entry",
+        "one bit per entry",
         f"{size:,} bytes for {mask.num_entries:,} entries",
         exact(8 * size / mask.num_entries),
         at_most=1.05,

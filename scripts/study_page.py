@@ -133,7 +133,7 @@ def _run(row: Mapping[str, str]) -> Run:
 
 
 def labelled(results: Results) -> dict[str, ArmRuns]:
-    """ArmRuns the runs by label, which always includes the budget."""
+    """Group the runs by label, which always includes the budget."""
     groups = {}
     for group in group_runs(results.runs):
         label = group.arm

@@ -17,7 +17,7 @@ Scope = Literal["global", "per_tensor", "balanced", "features", "adaptive"]
 - `"adaptive"`: like `"features"`, but within a kind (LoRA's A, its B, all other tensors) a tensor's
   share is in proportion to its size times the root of its mean score. No tensor gets a density
   above the geometric mean of its kind's density and one half, or above its kind's density where
-  that is higher: the fuller a tensor, the lower the learning rate it bears, and all tensors share
+  that is higher: the denser a tensor, the lower the learning rate it needs, and all tensors share
   one learning rate.
 """
 
@@ -28,13 +28,13 @@ ScoringPoint = Literal["start", "perturbed"]
 """Where Fisher information is computed."""
 
 Estimator = Literal["empirical", "true"]
-"""Whose labels Fisher information is computed with."""
+"""Where the labels for Fisher information come from: the data, or the model itself."""
 
 Statistic = Literal["squared", "absolute"]
 """What is averaged over the examples: squared gradients (Fisher information) or their magnitude."""
 
 TokenReduction = Literal["mean", "sum"]
-"""How the log-likelihoods of an example's tokens make that of the example."""
+"""How the log-likelihoods of an example's tokens are combined into one."""
 
 
 class SelectionSettings(BaseModel):

@@ -18,7 +18,7 @@ def world() -> tuple[int, int]:
 
 
 def check_equal(tensors: Iterable[Tensor]) -> None:
-    """Checks that all processes hold the same tensors. With several processes, all have to call.
+    """Checks that all processes hold the same tensors. With several processes, all must call.
 
     Raises:
         ValueError: The tensors differ.
@@ -57,7 +57,7 @@ def gather(value: Any, device: torch.device) -> list[Any]:
     Args:
         value: This process's value; anything that can be pickled.
         device: Where the model is. NCCL sends from the current device, which is the first one
-            unless somebody has set another.
+            unless another has been set.
 
     Raises:
         RuntimeError: Another process has ended or does not answer.
@@ -82,7 +82,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _explaining_failure() -> Iterator[None]:
-    """Says what a failed exchange between the processes means."""
+    """Turns a failed exchange between the processes into an error that says what it means."""
     try:
         yield
     except RuntimeError as error:

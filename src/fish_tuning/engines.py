@@ -1,4 +1,4 @@
-"""Models that DDP, FSDP, DeepSpeed or accelerate's `device_map` hold."""
+"""Models that DDP, FSDP or DeepSpeed wraps, or that `device_map` spreads over devices."""
 
 import functools
 import sys
@@ -36,7 +36,7 @@ def check_maskable(model: nn.Module) -> None:
     """Checks that no engine has wrapped or sharded the model yet.
 
     Raises:
-        ValueError: An engine has.
+        ValueError: An engine has wrapped or sharded it.
     """
     if unwrapped(model) is not model:
         raise ValueError(
@@ -56,10 +56,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
-    """Checks that none of the tensors is offloaded: those cannot be trained.
+    """Checks that none of the tensors is offloaded: offloaded tensors cannot be trained.
 
     Raises:
-        ValueError: Some are.
+        ValueError: Some are offloaded.
     """
     offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
     if offloaded:
@@ -73,7 +73,8 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
 def after_deepspeed_steps(callback: Callable[[nn.Module], None]) -> None:
     """Calls `callback(model)` after every step of every DeepSpeed engine.
 
-    Does nothing while DeepSpeed is not imported; calling again with the same callback is free.
+    Does nothing while DeepSpeed is not imported, and nothing more when called again with the same
+    callback.
 
     DeepSpeed's step is wrapped because it offers no hook. ZeRO steps its own copies of the
     parameters with an ordinary optimizer, whose hooks do not see the model; the engine writes the
@@ -105,7 +106,7 @@ def _held_by_deepspeed(model: nn.Module) -> bool:
     engine = _deepspeed_engine()
     if engine is None:
         return False
-    # ZeRO notes on each parameter where its copy is.
+    # ZeRO records on each parameter where its copy is.
     has_copies = any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
     return has_copies or isinstance(model, engine)
 

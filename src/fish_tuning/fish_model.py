@@ -68,10 +68,10 @@ def score_and_select(
         calibration_dataloader: As in `get_fish_model`.
         loss_fn: As in `calculate_fisher_information`.
         progress: Whether to show a progress bar while scoring.
-        provenance: What to record beside the config in the provenance of the mask.
+        provenance: What to record besides the config in the provenance of the mask.
 
     Returns:
-        The mask, and the Fisher information of each entry; None if the criterion needs none.
+        The mask, and the Fisher information of each entry; None if the criterion does not use it.
 
     Raises:
         ValueError: As in `get_fish_model`.

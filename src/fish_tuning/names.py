@@ -1,4 +1,4 @@
-"""What the name of a parameter says: its layer, its module, its side of a LoRA pair."""
+"""Parse parameter names: a parameter's layer, its module, its side of a LoRA pair."""
 
 import re
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def layer_path(name: str) -> str:
 
 
 def side_of(name: str) -> str:
-    """The side of a LoRA pair that a parameter is: "A", "B", or "" for all other parameters."""
+    """Which side of a LoRA pair a parameter is: "A", "B", or "" if it is not part of one."""
     match = _LORA.search(name)
     return match["side"] if match else ""
 

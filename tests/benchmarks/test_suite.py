@@ -45,7 +45,7 @@ def test_part_of_the_suite(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nothing"], "choose of time_of_scoring"),
+        (["--only", "nothing"], "choose from time_of_scoring"),
         (["--tiny"], "give it an --output"),
         (["--only", "top_k"], "give it an --output"),
     ],

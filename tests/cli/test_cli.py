@@ -68,7 +68,10 @@ BAD_CONFIGS = {
     "number for a section": ("lora: 8", r"lora: 8 should be a valid dictionary"),
     "rank below 1": ("lora: {baseline_rank: 0}", r"lora\.baseline_rank: 0 .*equal to 1"),
     "negative dropout": ("lora: {dropout: -0.1}", r"lora\.dropout: -0\.1 .*equal to 0"),
-    "bad regex": ("lora: {names_to_exclude: ['(']}", r"names_to_exclude: .*'\(' is no valid regul"),
+    "bad regex": (
+        "lora: {names_to_exclude: ['(']}",
+        r"names_to_exclude: .*'\(' is not a valid regul",
+    ),
     "ratio 0": ("fish_tuning: {prune_to_ratio_of_baseline: 0}", r"baseline: 0 .*greater than 0"),
     "ratio 1.5": ("fish_tuning: {prune_to_ratio_of_baseline: 1.5}", r"1\.5 .*equal to 1"),
     "no budget": ("fish_tuning: {budgets: []}", r"fish_tuning\.budgets: \[\] .*at least 1 item"),
@@ -93,7 +96,7 @@ BAD_CONFIGS = {
     "saved between evaluations": (
         "training: {args_override: {eval_strategy: steps, save_strategy: steps, "
         "eval_steps: 10, save_steps: 15}}",
-        r"args_override\.save_steps: 15 is no multiple of eval_steps \(10\).*make it one",
+        r"args_override\.save_steps: 15 is not a multiple of eval_steps \(10\).*make it one",
     ),
     "unknown strategy": (
         "training: {args_override: {eval_strategy: evry}}",
@@ -344,7 +347,7 @@ def test_ctrl_c_says_how_to_go_on(project, monkeypatch):
     result = invoke("run", "base_config.yaml", "--set", "seeds=[1, 2]")
     assert result.exit_code == 130
     assert result.stderr.splitlines() == [
-        "stopped; the same command goes on from here: "
+        "stopped; the same command continues from here: "
         "fish-tuning run base_config.yaml --set 'seeds=[1, 2]'"
     ]
 
@@ -355,7 +358,7 @@ def test_exit_code_of_failed_runs(project, monkeypatch):
     result = invoke("run", "base_config.yaml")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        "2 of 4 runs failed; the same command tries them again:",
+        "2 of 4 runs failed; run the same command to try them again:",
         "  e-1: reason 1",
         "  e-3: reason 3",
     ]
@@ -444,7 +447,7 @@ def test_runs_are_spread(project, monkeypatch):
             ["--ray", "--num-processes", 2],
             "error: --ray: runs that several processes train together",
         ),
-        (["--cpus-per-run", 2], "error: --cpus-per-run 2: works only with --ray; add it"),
+        (["--cpus-per-run", 2], "error: --cpus-per-run 2: needs --ray; add it"),
     ],
 )
 def test_what_cannot_be_spread(project, monkeypatch, words, said):
@@ -633,7 +636,7 @@ def test_interrupted_and_run_again(project):
     assert "Traceback" not in stderr
     words = shlex.join(arguments)
     assert stderr.splitlines()[-1] == (
-        f"stopped; the same command goes on from here: fish-tuning {words}"
+        f"stopped; the same command continues from here: fish-tuning {words}"
     )
     assert not list(project.glob("out/runs/*/result.json"))
 

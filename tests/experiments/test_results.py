@@ -29,7 +29,7 @@ def test_results_come_back_as_written(tmp_path):
         ("[" * 100_000, "is not complete JSON"),
         ('{"format_version": 2}', "has format_version 2"),
         ('{"format_version": 1, "name": "x", "config": {}, "runs": [{}]}', "runs.0"),
-        ('["no", "object"]', "no results file"),
+        ('["no", "object"]', "not a results file"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, content, message):

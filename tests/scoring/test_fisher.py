@@ -528,7 +528,7 @@ def test_unknown_loss_is_scored_one_example_at_a_time(caplog):
     expected = naive_scores(model, examples, 2, lambda m, e: m(**pad([e])).loss)
     assert_scores_close(scored(model, batches_of(examples, 4)), expected)
     (message,) = messages(caplog)
-    assert message.endswith("the model's loss is none of those known for each example")
+    assert message.endswith("the model's own loss is not one of the known per-example losses")
 
 
 # --- zeros, and LoRA's start ---------------------------------------------------------------
@@ -648,7 +648,7 @@ def test_perturbation_is_seeded():
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
 def test_perturbation_of_no_size_is_refused(model, std):
     """Guards against a division by 0."""
-    with pytest.raises(ValueError, match=rf"std={std}: above 0"):
+    with pytest.raises(ValueError, match=rf"std={std}: must be above 0"):
         score_with_perturbed_b(model, [], std=std)
 
 
@@ -661,10 +661,10 @@ def test_perturbation_of_no_size_is_refused(model, std):
         ({"estimator": "exact"}, "estimator='exact': choose one of 'empirical', 'true'"),
         ({"statistic": "cubed"}, "statistic='cubed': choose one of 'squared', 'absolute'"),
         ({"token_reduction": "max"}, "token_reduction='max': choose one of 'mean', 'sum'"),
-        ({"num_samples": 0}, "num_samples=0: at least 1, or None"),
-        ({"num_samples": -3}, "num_samples=-3: at least 1, or None"),
-        ({"estimator": "true", "label_samples": 0}, "label_samples=0: at least 1, or None"),
-        ({"label_samples": 2}, "label_samples=2: labels are drawn with estimator='true' only"),
+        ({"num_samples": 0}, "num_samples=0: must be at least 1, or None"),
+        ({"num_samples": -3}, "num_samples=-3: must be at least 1, or None"),
+        ({"estimator": "true", "label_samples": 0}, "label_samples=0: must be at least 1, or None"),
+        ({"label_samples": 2}, "label_samples=2: labels are drawn only with estimator='true'"),
         ({"estimator": "true", "loss_fn": not_finite}, "which a loss_fn does not give"),
     ],
 )

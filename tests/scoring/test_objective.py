@@ -369,7 +369,7 @@ class Penalised(BertForSequenceClassification):
 def test_true_fisher_needs_a_known_likelihood(options):
     """Guards against the expectation of another model than the one that is trained."""
     model = Penalised(tiny_bert().config)
-    with pytest.raises(ValueError, match="own loss is none of the known likelihoods"):
+    with pytest.raises(ValueError, match="own loss is not one of the known likelihoods"):
         scored(model, batches_of(examples_for(tiny_bert(), 3), 3), **options)
 
 

@@ -1,4 +1,4 @@
-"""Scoring where memory does not suffice: parts are divided, and the scores stay what they are."""
+"""Scoring when memory runs out: batches are divided, and the scores stay the same."""
 
 import random
 import re
@@ -160,7 +160,9 @@ def test_every_attempt_on_more_than_fits_fails(kind, fits, attempts, caplog):
     caplog.clear()
     assert_scores_close(scored(model, batches, **options), expected, 1e-9)
     said = [m for m in caplog.messages if m.startswith("Memory does not suffice for")]
-    failed = re.findall(r"for (\d+) examples at a time: scoring goes on with (\d+)", "".join(said))
+    failed = re.findall(
+        r"for (\d+) examples at a time: scoring continues with (\d+)", "".join(said)
+    )
     # A fault may lie beyond the last operation of a small part.
     assert ("7", "4") in failed and all(int(b) == (int(a) + 1) // 2 for a, b in failed)
     # Once smaller, parts stay small: nothing fails twice for the same reason.

@@ -67,7 +67,8 @@ def run(
         if cpus_per_run is not None:
             words += ["--cpus-per-run", str(cpus_per_run)]
         if process_rank() == 0:
-            say(f"stopped; the same command goes on from here: fish-tuning run {shlex.join(words)}")
+            command = f"fish-tuning run {shlex.join(words)}"
+            say(f"stopped; the same command continues from here: {command}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -75,7 +76,7 @@ def _check_ray(ray: bool, cpus_per_run: int | None, num_processes: int) -> None:
     if not ray:
         if cpus_per_run is not None:
             raise ValueError(
-                f"--cpus-per-run {cpus_per_run}: works only with --ray; add it, or remove this"
+                f"--cpus-per-run {cpus_per_run}: needs --ray; add it, or remove this option"
             )
         return
     if max(num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
@@ -98,12 +99,12 @@ def _checked(config_file: Path, overrides: list[str]) -> CheckedExperiment:
 
 
 def _launch(words: list[str], num_processes: int) -> None:
-    """Start this command in several processes on this machine, and end as they do."""
+    """Start this command in several processes on this machine, and exit as they do."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Options override accelerate's own config file: the experiment's config says everything.
+    # Options override accelerate's own config file: only the experiment's config counts.
     # "multi_gpu" means several processes on one machine, even without an accelerator.
     options = ["--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -136,7 +137,7 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     runs = [*results.search, *results.runs]
     failed = [run for run in runs if run.status == "failed"]
     if failed:
-        say(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")
+        say(f"{len(failed)} of {len(runs)} runs failed; run the same command to try them again:")
         for run in failed:
             say(f"  {run.run_id}: {run.error}")
         raise typer.Exit(EXIT_FAILED_RUNS)

@@ -18,7 +18,7 @@ RUN_FILE = "result.json"
 
 
 class _Record(BaseModel):
-    # The metrics of a training that diverged are NaN or infinite, which JSON has no number for.
+    # The metrics of a run that diverged are NaN or infinite, which JSON numbers cannot be.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
@@ -190,5 +190,5 @@ def _read(path: Path, kind: type[R]) -> R:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) or "its content"
         raise ConfigError(
-            f"{path}: {where}: {error.errors()[0]['msg']}; it is damaged or no results file"
+            f"{path}: {where}: {error.errors()[0]['msg']}; it is damaged or not a results file"
         ) from None

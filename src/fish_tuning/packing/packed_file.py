@@ -64,7 +64,7 @@ class TensorRecord(Strict):
 
 
 class Record(Strict):
-    """All but the numbers. Files of text are decoded as Latin-1, which keeps their bytes."""
+    """Everything but the numbers. Text files are decoded as Latin-1, which keeps their bytes."""
 
     weights_name: WeightsName
     weights_header: Latin1 = Field(description="The safetensors header of the weights file.")
@@ -73,7 +73,9 @@ class Record(Strict):
     texts: dict[TextName, Latin1] = Field(description="The contents of small files, by name.")
     tensors: list[TensorRecord] = Field(description="One per tensor, in the order of the data.")
     seed: int | None = Field(description="What torch is seeded with before the adapter is added.")
-    versions: dict[str, str] = Field(description="Of the packages that draw the seed's numbers.")
+    versions: dict[str, str] = Field(
+        description="Versions of the packages that draw the seed's numbers."
+    )
 
 
 @dataclass(frozen=True)

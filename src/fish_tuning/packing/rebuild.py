@@ -116,11 +116,15 @@ def _other_start(packed: PackedFile, path: Path, problem: str) -> ValueError:
 
 
 def check_shape(slot: Slot, name: str | None, mask: FishMask) -> None:
-    """Check that the mask lists a tensor with its shape in the weights, if it has a name there."""
-    """Refuse a tensor whose mask has another shape.
+    """Check that the mask lists a tensor with the shape it has in the weights.
+
+    Args:
+        slot: The tensor in the weights file.
+        name: Its name in the mask; None if the mask does not name it, which is fine.
+        mask: The mask.
 
     Raises:
-        ValueError: Names the tensor and its shape.
+        ValueError: It does not; the message names the tensor and its shape.
     """
     if name is not None and (name not in mask or mask[name].shape != slot.shape):
         raise ValueError(

@@ -53,7 +53,7 @@ class Slot:
 
 
 class Strict(BaseModel):
-    """A model that takes no unknown keys and converts nothing."""
+    """A pydantic model that refuses unknown keys and converts nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

@@ -115,7 +115,7 @@ def _skeleton(base_model: Any, settings: Mapping[str, Any]) -> nn.Module:
     if isinstance(base_model, nn.Module):
         if not isinstance(base_model, transformers.PreTrainedModel):
             raise ValueError(
-                f"a start can be drawn for transformers' models only, not for a "
+                f"a start can be drawn only for transformers' models, not for a "
                 f"{type(base_model).__name__}: pass the base model without an adapter, or pack "
                 "with a start folder in place of a seed"
             )

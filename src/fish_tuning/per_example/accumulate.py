@@ -12,7 +12,7 @@ from fish_tuning.per_example.sources import Bundle, Call, Sources
 from fish_tuning.per_example.sums import GradientSums
 
 CHUNK_ENTRIES = 2**24
-"""Most entries of per-example gradients in memory at once: wide layers take fewer examples."""
+"""Most entries of per-example gradients in memory at once: wide layers get fewer examples."""
 
 
 def accumulate(

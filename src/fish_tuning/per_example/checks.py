@@ -1,6 +1,6 @@
 """Checks that the per-example gradients of one backward pass are right.
 
-Each raises `OnePassError` if they are not, and names the modules to compute them otherwise.
+Each raises `OnePassError` if they are not. The error lists the modules to recompute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -124,8 +124,9 @@ class TotalsCheck:
         device = parameter.device.type
         autocast = torch.is_autocast_enabled(device)
         eps = torch.finfo(torch.get_autocast_dtype(device) if autocast else parameter.dtype).eps
-        # Gradients may cancel between examples, hence the norm of the single ones; and between
-        # tokens, down to rounding errors of the factors (the bias of a key in attention).
+        # Gradients may cancel between examples, so the norm over single examples counts too. They
+        # may also cancel between tokens, down to rounding errors of the factors (the bias of a key
+        # in attention).
         scale = gradient.norm() + self._sums.norm(name)
         rounding = self._rounding.get(name, torch.zeros_like(scale))
         allowed: Tensor = max(1e-3, 8 * eps) * scale + 16 * eps * rounding

@@ -34,7 +34,7 @@ class _Recording:
         size: The number of examples.
         progress: What earlier attempts at this batch have added.
         loss: The number of the loss that comes next.
-        roots: Outputs of watched modules whose inputs need no gradient: the ends of backward.
+        roots: Outputs of watched modules whose inputs need no gradient: backward ends there.
         shared: Modules called with one row for the whole batch, and their expanded outputs.
         expected: By bundle, the number of calls in the forward pass.
         arrived: By bundle, the calls that backward has reached.
@@ -74,7 +74,7 @@ class PerExampleGradients:
     def recompute(self, error: OnePassError) -> bool:
         """Switches the modules that failed a check to recomputation.
 
-        Not after the first batch: it is the only one that is compared with autograd.
+        This works only for the first batch, the only one that is compared with autograd.
 
         Returns:
             Whether anything changed, so that another attempt may succeed.
@@ -112,7 +112,7 @@ class PerExampleGradients:
 
         Args:
             size: The number of examples.
-            progress: What is in the sums already and is left out; updated.
+            progress: What the sums hold already, which is skipped; updated.
 
         Raises:
             OnePassError: A module is called with another number of rows than `size` or 1.
@@ -217,8 +217,8 @@ class PerExampleGradients:
         recording = self._recording
         shared = len(x) == len(output) == 1 < recording.size
         if shared:
-            # One row for the whole batch, such as positions or a prompt. With a row for each
-            # example, each has a gradient of its own.
+            # One row for the whole batch, such as positions or a prompt. Once it is expanded to a
+            # row per example, each example has its own gradient.
             x, output = (row.expand(recording.size, *row.shape[1:]) for row in (x, output))
             recording.shared.append((module, output))
         check_batch_axis(self._sources, module, x, recording.size)

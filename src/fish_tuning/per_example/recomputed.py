@@ -30,7 +30,7 @@ class Recomputed:
         parameters: All parameters whose gradients are wanted, by their names in the model.
 
     Attributes:
-        local_names: Those in the module: their names in the model -> their names in the module.
+        local_names: For those in the module: name in the model -> name in the module.
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""Sums of per-example gradients' powers, and how much of a batch they hold."""
+"""Sums of powers of per-example gradients, and how much of a batch they hold."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping

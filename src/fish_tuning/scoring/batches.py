@@ -81,8 +81,8 @@ def parts_by_length(
 def without_padding(batch: Batch) -> Batch:
     """The batch without the columns that are padding in all examples.
 
-    Only padding on the right is cut, and only if all entries with one value per token are known to
-    mean nothing in the padding.
+    Only padding on the right is cut, and only if every entry with one value per token is known to
+    be ignored there.
     """
     lengths = _lengths(batch)
     if lengths is None:

@@ -1,4 +1,4 @@
-"""One pass over a calibration set: the mean of the per-example gradients' powers."""
+"""One pass over a calibration set: the mean of powers of per-example gradients."""
 
 import logging
 import random
@@ -51,10 +51,10 @@ def mean_over_examples(
         ValueError: `num_samples` is out of range, there is no example or no label, or the
             processes have different parameters or batches.
         RuntimeError: Another process failed.
-        torch.OutOfMemoryError: Memory does not suffice for a single example.
+        torch.OutOfMemoryError: A single example does not fit in memory.
     """
     if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: at least 1, or None")
+        raise ValueError(f"num_samples={num_samples}: must be at least 1, or None")
     model = objective.forward.model
     if device is not None:
         model.to(device)
@@ -127,7 +127,7 @@ def _parts(
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in evaluation mode and gradients are on.
 
-    Modes and random number generators are set back afterwards.
+    Modes and random number generators are restored afterwards.
     """
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()

@@ -38,22 +38,22 @@ def calculate_fisher_information(
     equation 3, FISH Mask (arXiv 2111.09839) equations 3 and 4. The gradient is squared *per
     example*, so batch size, padding and the order of the examples do not change the scores. All
     gradients of a batch take one backward pass. If a model has a parameter whose gradients cannot
-    be computed that way, it is scored one example at a time, and a warning says so. If memory does
-    not suffice for a batch, this batch and the following ones are scored in halves, with a warning
-    and the same scores.
+    be computed that way, it is scored one example at a time, and a warning says so. If a batch does
+    not fit in memory, this batch and the following ones are scored in halves, with a warning and
+    the same scores.
 
-    Labels are read and losses computed as transformers models do it: single-label and multi-label
+    Labels are read and losses computed as transformers models do: single-label and multi-label
     classification, regression, token classification, causal and sequence-to-sequence language
     models, with -100 for positions without a label. The loss computed here is compared with the
     model's own; a model with a different loss is scored by its own, one example at a time.
 
-    The model is left as it was, also after an exception: training mode, gradients and the states
+    The model is left as it was, even after an exception: training mode, gradients and the states
     of the random number generators. Dropout is off while scoring.
 
     With several processes in torch.distributed, all of them call this function, with the same
     model and the same calibration set. Each scores a part of the batches, and all return the
-    scores of the whole set. A loader that accelerate or a `DistributedSampler` has divided counts
-    as the undivided one, without the examples that those repeat or drop.
+    scores of the whole set. A loader that accelerate or a `DistributedSampler` has divided is read
+    undivided, so no example is repeated or dropped.
 
     Args:
         model: Any transformers or PEFT model, or an `nn.Module` whose output is the logits or has
@@ -72,8 +72,7 @@ def calculate_fisher_information(
         token_reduction: The log-likelihood of an example with many labelled tokens: their "mean",
             as models are trained, or their "sum", which is log p of the whole sequence.
         loss_fn: For other models: `loss_fn(outputs, batch)` returns one loss per example, (b,).
-            `batch` is the whole batch on the model's device. It is not split when memory does not
-            suffice.
+            `batch` is the whole batch on the model's device. It is not split when memory runs out.
         seed: Seed of the sampled labels; every example has its own random stream.
         progress: Whether to show a progress bar.
 
@@ -86,7 +85,7 @@ def calculate_fisher_information(
             a loss is not finite, or an argument is out of range; the parameters are sharded or
             offloaded, or the processes have different models or batches.
         RuntimeError: Another process failed.
-        torch.OutOfMemoryError: Memory does not suffice for a single example.
+        torch.OutOfMemoryError: A single example does not fit in memory.
     """
     model = unwrapped(model)
     check_choice("statistic", statistic, get_args(Statistic))
@@ -172,7 +171,7 @@ def _zero_sides_perturbed(model: nn.Module, std: float, seed: int) -> Iterator[l
         The names of the perturbed parameters.
     """
     if not std > 0:
-        raise ValueError(f"std={std}: above 0")
+        raise ValueError(f"std={std}: must be above 0")
     zero_sides = {
         name: parameter
         for name, parameter in trainable_parameters(model).items()

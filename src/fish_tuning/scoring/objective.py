@@ -35,19 +35,19 @@ class Objective:
 
     `recognize` has to see a batch first. It decides where the losses come from: the caller's
     `loss_fn`, a likelihood that agrees with the model's own loss, or (then `by_example` is False)
-    that loss itself, which is known for one example at a time only.
+    that loss itself, which is known only for one example at a time.
 
     Args:
         forward: Calls the model.
         power: 2 to score squared gradients, 1 for absolute ones.
-        estimator: As in `calculate_fisher_information`, like all that follow.
-        label_samples: See there.
-        token_reduction: See there.
-        loss_fn: See there.
-        seed: See there.
+        estimator: As in `calculate_fisher_information`.
+        label_samples: As in `calculate_fisher_information`.
+        token_reduction: As in `calculate_fisher_information`.
+        loss_fn: As in `calculate_fisher_information`.
+        seed: As in `calculate_fisher_information`.
 
     Raises:
-        ValueError: An argument is out of range, or does not go with another.
+        ValueError: An argument is out of range, or contradicts another.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Objective:
         check_choice("estimator", estimator, get_args(Estimator))
         check_choice("token_reduction", token_reduction, get_args(TokenReduction))
         if label_samples is not None and label_samples < 1:
-            raise ValueError(f"label_samples={label_samples}: at least 1, or None")
+            raise ValueError(f"label_samples={label_samples}: must be at least 1, or None")
         if loss_fn is not None and estimator == "true":
             raise ValueError(
                 "estimator='true' needs the model's p(y | x), which a loss_fn does not give: use "
@@ -72,7 +72,7 @@ class Objective:
             )
         if label_samples is not None and estimator == "empirical":
             raise ValueError(
-                f"label_samples={label_samples}: labels are drawn with estimator='true' only"
+                f"label_samples={label_samples}: labels are drawn only with estimator='true'"
             )
         self.forward, self.power = forward, power
         self._estimator, self._label_samples, self._seed = estimator, label_samples, seed
@@ -134,7 +134,7 @@ class Objective:
             )
         if self._estimator == "true" or self._reduction == "sum":
             raise ValueError(
-                "the model's own loss is none of the known likelihoods; score it with "
+                "the model's own loss is not one of the known likelihoods; score it with "
                 "estimator='empirical' and token_reduction='mean', or pass a loss_fn"
             )
 
@@ -182,7 +182,7 @@ class Objective:
     def _expected(
         self, likelihood: Likelihood, logits: Tensor, labels: Tensor, numbers: Sequence[int]
     ) -> list[Tensor]:
-        """Losses whose sum of |gradient|^power is its expectation over labels, or an estimate."""
+        """Losses whose sum of |gradient|^power is its expectation over labels, or estimates it."""
         if self._label_samples is None:
             exact = likelihood.expectation(logits, self.power)
             if exact is not None:
@@ -200,7 +200,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Checks that an argument has one of its allowed values.
 
     Raises:
-        ValueError: It has another.
+        ValueError: It has another value.
     """
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
@@ -240,13 +240,13 @@ def _matching(
 ) -> Likelihood | None:
     """The likelihood that agrees with the model's own loss of one example.
 
-    Without a loss of the model's own, it is the first likelihood that fits the shapes.
+    If the model returns no loss, it is the first likelihood that fits the shapes.
     """
     fitting = [kind for kind in LIKELIHOODS if kind.fits(logits, labels)]
     if own is not None:
         fitting = _agreeing(fitting, logits, labels, own)
     elif logits.shape[-1] == 1 and Regression() in fitting:
-        # transformers, too, takes a single output for a regression.
+        # transformers also treats a single output as regression.
         fitting = [Regression()]
     if not fitting:
         return None
@@ -279,7 +279,7 @@ def _agreeing(
             if (known - gradient).norm() > tolerance * known.norm() + 1e-6:
                 continue
         distances[kind] = distance
-    # The tolerance of half precision may admit two. The sort is stable.
+    # The tolerance of half precision may admit two likelihoods. The sort is stable.
     return sorted(distances, key=distances.__getitem__)
 
 

@@ -38,7 +38,7 @@ class Processes:
 
     @contextmanager
     def sharing(self, loader: Iterable[Batch]) -> Iterator[Iterator[tuple[bool, Batch]]]:
-        """Yields all batches of the loader, each with whether this process scores it.
+        """Yields all batches of the loader, each with a flag: whether this process scores it.
 
         If the block fails in one process, it fails in all, so that none of them waits forever.
         Inside the block the random number generators start in the states that they have in
@@ -99,8 +99,8 @@ class Processes:
 def _undivided(loader: Any) -> Iterator[Iterable[Batch]]:
     """Yields a loader of the whole set, given one that may be divided among the processes.
 
-    accelerate and DistributedSampler repeat or drop examples where the shares would not be equal.
-    Undivided, they do neither. Attributes changed for that are set back afterwards.
+    accelerate and DistributedSampler repeat or drop examples to make the shares equal. Undivided,
+    they do neither. The attributes changed for that are restored afterwards.
     """
     if not isinstance(loader, DataLoader):
         yield loader
@@ -125,13 +125,13 @@ def _undivided(loader: Any) -> Iterator[Iterable[Batch]]:
 
 
 def _one_process(part: Any) -> dict[str, Any]:
-    """The attributes by which a part of a loader would serve one process alone."""
+    """The attributes that make a part of a loader serve a single process."""
     from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 
     if isinstance(part, BatchSamplerShard):
         return {"num_processes": 1, "process_index": 0, "even_batches": False}
     if isinstance(part, IterableDatasetShard):
-        # It gives single examples, but fills up or drops what it takes for an incomplete batch.
+        # It yields single examples, but pads or drops what it takes to be an incomplete batch.
         return {"num_processes": 1, "process_index": 0, "batch_size": 1}
     if isinstance(part, DistributedSampler):
         data: Any = part.dataset

@@ -41,10 +41,10 @@ class BatchScorer:
         Args:
             batch: The examples.
             numbers: Their numbers in the calibration set.
-            progress: What a failed attempt has added of them already.
+            progress: What a failed attempt has already added of them.
 
         Raises:
-            torch.OutOfMemoryError: Memory does not suffice for a single example.
+            torch.OutOfMemoryError: A single example does not fit in memory.
         """
         progress = Progress() if progress is None else progress
         if len(numbers) <= self._most and self._fits(batch, numbers, progress):
@@ -66,12 +66,12 @@ class BatchScorer:
                 raise torch.OutOfMemoryError(_no_way_to_divide(numbers, reason)) from error
             self._most = (len(numbers) + 1) // 2
             logger.warning(
-                "Memory does not suffice for %d examples at a time: scoring goes on with %d (%s)",
+                "Memory does not suffice for %d examples at a time: scoring continues with %d (%s)",
                 len(numbers),
                 self._most,
                 reason,
             )
-        # Not earlier: until here the error kept the frames of the failed attempt and their tensors.
+        # Only now: until here the error kept the failed attempt's frames, and their tensors, alive.
         gc.collect()
         return False
 
@@ -99,14 +99,14 @@ class OnePass:
         self._gradients, self._objective, self._sums = gradients, objective, sums
 
     def add(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> None:
-        """Adds what the sums do not have yet, and notes it in `progress`."""
+        """Adds what the sums do not have yet, and records it in `progress`."""
         with self._gradients.watching(batch_size(batch), progress):
             losses = self._objective(batch, numbers)
             for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
                 self._gradients.backward(loss, retain_graph=left > 0)
 
     def after(self, error: OnePassError) -> OnePass | OneByOne:
-        """The scorer to go on with, after this one has failed."""
+        """The scorer to continue with after this one has failed."""
         if self._gradients.recompute(error):
             return self
         return _one_by_one(self._objective, self._sums, error)
@@ -124,7 +124,7 @@ class OneByOne:
         self._objective, self._sums = objective, sums
 
     def add(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> None:
-        """Adds what the sums do not have yet, and notes it in `progress`."""
+        """Adds what the sums do not have yet, and records it in `progress`."""
         parameters = self._sums.parameters
         for i, number in enumerate(numbers):
             losses = self._objective(take(batch, slice(i, i + 1)), [number])
@@ -162,7 +162,7 @@ def _scorer_for(objective: Objective, sums: GradientSums, batch: Batch) -> OnePa
                 return _one_by_one(objective, sums, error)
     if not objective.by_example:
         return _one_by_one(
-            objective, sums, "the model's loss is none of those known for each example"
+            objective, sums, "the model's own loss is not one of the known per-example losses"
         )
     return OnePass(gradients, objective, sums)
 
@@ -178,5 +178,5 @@ def _no_way_to_divide(numbers: Sequence[int], reason: str) -> str:
         which = f"{len(numbers)} calibration examples at a time, as a loss_fn gets them"
     return (
         f"memory does not suffice to score {which}: shorten the examples, make the batches "
-        f"smaller, score fewer parameters, or free memory that others hold ({reason})"
+        f"smaller, score fewer parameters, or free memory held by other programs ({reason})"
     )

@@ -49,7 +49,7 @@ def create_mask_from_fisher(
         num_trainable: Number of True entries in total, dense tensors included. Give either this
             or `keep_ratio`.
         scope: How the k entries are divided between tensors, see `Scope`.
-        provenance: Values to record in the mask's provenance beside the arguments.
+        provenance: Values to record in the mask's provenance besides the arguments.
 
     Returns:
         The mask, with its tensors in the order of `fisher_scores`.

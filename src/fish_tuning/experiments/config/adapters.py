@@ -18,7 +18,7 @@ def _regexes(values: list[str]) -> list[str]:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{value!r} is no valid regular expression: {error}") from None
+            raise ValueError(f"{value!r} is not a valid regular expression: {error}") from None
     return values
 
 
@@ -27,7 +27,7 @@ def _peft_method(value: str) -> str:
     if value.upper() not in known:
         near = difflib.get_close_matches(value.upper(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"is no method of the installed PEFT; {hint}")
+        raise ValueError(f"is not a method of the installed PEFT; {hint}")
     return value.upper()
 
 

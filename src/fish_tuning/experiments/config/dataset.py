@@ -18,7 +18,7 @@ INSTALLED_TEXT = "installed_text"
 
 def _metric(value: str) -> str:
     if value not in KNOWN_METRICS:
-        raise ValueError(f"is no known metric; use one of {', '.join(KNOWN_METRICS)}")
+        raise ValueError(f"is not a known metric; use one of {', '.join(KNOWN_METRICS)}")
     return value
 
 
@@ -158,7 +158,10 @@ class DatasetConfig(Section):
                 if getattr(self, key) is not None:
                     yield key, "is for classification and dataset.task is regression; remove it"
         elif self.num_labels == 1 or (self.label_names and len(self.label_names) == 1):
-            yield "num_labels", "1 class cannot be told apart; give 2 or more, or task: regression"
+            yield (
+                "num_labels",
+                "1 class leaves nothing to predict; give 2 or more, or task: regression",
+            )
         elif self.num_labels and self.label_names and self.num_labels != len(self.label_names):
             yield (
                 "num_labels",

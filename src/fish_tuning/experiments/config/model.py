@@ -27,7 +27,7 @@ class ModelConfig(Section):
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
     ) = Field(default=None, description="How attention is computed; if null, transformers chooses.")
     quantization: Literal["4bit", "8bit"] | None = Field(
-        default=None, description="Quantise the frozen weights; needs bitsandbytes."
+        default=None, description="Quantize the frozen weights; needs bitsandbytes."
     )
     trust_remote_code: bool = Field(
         default=False, description="Run the code in the model's repository."

@@ -23,7 +23,7 @@ class TrainingConfig(Section):
         "the config file's name.",
     )
     args_override: TrainingArgs = Field(
-        default={}, description="transformers.TrainingArguments, laid over base_training.args."
+        default={}, description="transformers.TrainingArguments that override base_training.args."
     )
 
 

@@ -61,7 +61,7 @@ def find_text_columns(train: Dataset, config: DatasetConfig, label: str) -> tupl
         and getattr(train.features[name], "dtype", None) in ("string", "large_string")
         and not _ID_COLUMN.search(name)
     ]
-    # Ids, sources and marks are strings too, but of a single word.
+    # IDs, sources and tags are strings too, but of a single word.
     found = [name for name in strings if _has_several_words(column(sample, name))] or strings
     if not 1 <= len(found) <= 2:
         raise ConfigError(

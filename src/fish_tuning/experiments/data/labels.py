@@ -11,7 +11,8 @@ from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics import Task
 
-# A column of more rows than this, with more classes than this share of them, holds no classes.
+# A column with more rows than this, and more distinct values than this share of them, holds
+# something other than classes.
 _MIN_ROWS, _MAX_DISTINCT_SHARE = 20, 0.5
 
 

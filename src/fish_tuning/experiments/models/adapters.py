@@ -73,7 +73,7 @@ def adapted_without_weights(config: ExperimentConfig, arm: Arm, num_labels: int)
         with torch.device("meta"):
             return add_adapter(meta_model(config.model, num_labels), arm, config)
     except NotImplementedError:
-        # Some methods look at values, as SHiRA does at its random mask, and need real memory.
+        # Some methods look at values, as SHiRA does for its random mask, and need real memory.
         empty: PreTrainedModel = meta_model(config.model, num_labels).to_empty(device="cpu")
         return add_adapter(empty, arm, config)
 

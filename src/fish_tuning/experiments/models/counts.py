@@ -65,8 +65,8 @@ def names_left_dense(
 ) -> list[str]:
     """Patterns of the tensors that a masked arm trains densely: those of `lora.names_to_exclude`.
 
-    Empty if these tensors alone exceed the budget, as RoBERTa's two-layer head does beside half of
-    a small adapter: then the head's entries compete with the adapter's.
+    Empty if these tensors alone exceed the budget: then the head's entries compete with the
+    adapter's. RoBERTa's two-layer head, for example, is larger than half of a small adapter.
 
     Args:
         config: The experiment.

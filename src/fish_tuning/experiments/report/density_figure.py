@@ -28,8 +28,8 @@ _PANELS = {"A": "A", "B": "B", "": "other"}
 def density_figure(tensors: Iterable[TensorDensity]) -> Figure | None:
     """Draw the selected fraction by layer and module: a panel for A, for B and for other tensors.
 
-    Beside A and B, modules outside of the numbered layers that are trained in full (the head) are
-    named and not drawn.
+    If there are A and B, modules outside the numbered layers that are trained in full (the head)
+    are named, not drawn.
 
     Args:
         tensors: Tensors of one mask, or of several over which the figure shows the mean.
@@ -64,7 +64,7 @@ def _heatmap(densities: Mapping[Place, float]) -> Figure:
         if any(place.side == side for place in densities)
     }
     names = short_names({place.module for place in densities})
-    # What is outside of the numbered layers comes below all of them.
+    # Modules outside the numbered layers come below all layers.
     layers = sorted({place.layer for place in densities}, key=lambda n: -1 if n is None else n)
     columns = sum(map(len, panels.values()))
     height = min(0.3, max(0.12, 7 / len(layers)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.style
 
-# Colors of the light theme. The HTML report replaces them by its own in a dark theme.
+# Colors of the light theme. The HTML report replaces them in its dark theme.
 TEXT = "#1f2328"
 MUTED = "#59636f"
 GRID = "#d1d9e1"

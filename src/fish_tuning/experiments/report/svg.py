@@ -15,7 +15,7 @@ _PROPERTIES = {TEXT: "--text", MUTED: "--muted", GRID: "--grid"}
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """Return a figure as an `svg` element: text stays text, and a figure always gives the same.
+    """Return a figure as an `svg` element; text stays text, and the output is deterministic.
 
     The page's custom properties `--text`, `--muted` and `--grid` set its colors.
 
@@ -46,7 +46,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 
 def _adapt(tag: str, name: str) -> str:
-    """Prefix the ids in a tag and replace its colors by custom properties."""
+    """Prefix the ids in a tag and replace its colors with custom properties."""
     tag = re.sub(r'\bid="', f'id="{name}-', tag)
     tag = re.sub(r'\bxlink:href="#', f'href="#{name}-', tag)
     tag = tag.replace("url(#", f"url(#{name}-")

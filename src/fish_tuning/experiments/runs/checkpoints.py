@@ -25,7 +25,7 @@ class DatedByStep(TrainerCallback):
     """Sets the date of each checkpoint to its step.
 
     Trainer deletes the checkpoints with the earliest dates, which would be the newest ones if the
-    clock was put back.
+    clock had been set back.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

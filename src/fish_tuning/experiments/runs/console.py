@@ -26,7 +26,7 @@ from fish_tuning.experiments.runs.measurements import Report
 
 
 class ProgressLines:
-    """One progress bar per run, or one printed line per finished run if this is no terminal."""
+    """One progress bar per run, or one line per finished run if stderr is not a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True, quiet=not processes.is_main())

@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Git commit of the working folder, -dirty if a tracked file is changed; None outside."""
+    """Git commit of the working folder, -dirty if a tracked file is changed; None without one."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],

@@ -1,4 +1,4 @@
-"""Carries out runs one after the other in this process."""
+"""Carries out runs one after another in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Executor = Callable[[Sequence[Arm], PreparedExperiment, Path, Begin], Iterator[t
 def in_turn(
     arms: Sequence[Arm], experiment: PreparedExperiment, output_dir: Path, begin: Begin
 ) -> Iterator[tuple[Arm, Run]]:
-    """The executor that needs nothing else: one run after the other, in this process."""
+    """The default executor: one run after another, in this process."""
     for arm in arms:
         yield arm, carry_out(arm, experiment, run_folder(output_dir, arm), begin(arm))
 

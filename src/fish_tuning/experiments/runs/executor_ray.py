@@ -61,7 +61,7 @@ def over_ray(cpus_per_run: int) -> Iterator[Executor]:
     finally:
         for task in pending:
             ray.cancel(task, force=True)
-        # Only when no task writes to the output folder any more may its lock be released.
+        # The output folder's lock may be released only once no task writes to it.
         if pending:
             ray.wait(list(pending), num_returns=len(pending))
         if ours:

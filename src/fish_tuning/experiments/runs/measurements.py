@@ -20,7 +20,7 @@ class CountError(RuntimeError):
 
 
 class Measurements(TrainerCallback):
-    """Measures a training from inside a transformers Trainer.
+    """Measures training from inside a transformers Trainer.
 
     - The optimizer must hold exactly the budget's number of scalars.
     - The scalars that training changed are counted after its last step, before the best checkpoint
@@ -45,7 +45,7 @@ class Measurements(TrainerCallback):
         self._running_since: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count what the optimizer holds, and continue what an interrupted training measured.
+        """Count what the optimizer holds, and continue the measurements of an interrupted run.
 
         Raises:
             CountError: The count is not the budget.

@@ -22,8 +22,8 @@ class CheckedExperiment:
 
     Attributes:
         config: The experiment's config.
-        data: The examples; None if they have not been read. For a training, local files have been
-            read. For a plan, whatever has to be read to learn the number of labels.
+        data: The examples; None if they have not been read. To train, local files have been read;
+            for a plan, whatever has to be read to learn the number of labels.
         data_problem: What is wrong with local files that a plan can do without.
     """
 
@@ -111,7 +111,7 @@ def check_training_args(config: ExperimentConfig) -> None:
             )
         elif saving == "steps" and min(interval, save_steps) >= 1 and save_steps % interval:
             problems.append(
-                f"{_path(config, 'save_steps')}: {save_steps:g} is no multiple of eval_steps "
+                f"{_path(config, 'save_steps')}: {save_steps:g} is not a multiple of eval_steps "
                 f"({interval:g}) and load_best_model_at_end is true; make it one, {remedy}"
             )
     if problems:

@@ -1,4 +1,4 @@
-"""From a checked experiment to all that its runs share: examples as tokens, tokenizer, counts."""
+"""From a checked experiment to what all its runs share: tokenized examples, tokenizer, counts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
     tokenizer = load_tokenizer(config.model, config.training.max_seq_length)
     data = checked.data
     num_labels = config.dataset.known_num_labels if data is None else data.num_labels
-    # If possible before a download: a wrong budget or target module shows here.
+    # Before a download if possible: this finds a wrong budget or target module.
     counts = None if num_labels is None else count_parameters(config, num_labels)
     data = data or load_data(config.dataset)
     if counts is None or data.num_labels != num_labels:

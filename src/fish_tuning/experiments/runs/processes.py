@@ -92,7 +92,7 @@ def end() -> None:
 
 @functools.cache
 def _groups() -> tuple[Any, Any]:
-    """Two groups beside the one that trains. On gloo, they can send objects from any device.
+    """Two groups besides the one that trains. On gloo, they can send objects from any device.
 
     In the first, processes wait for the main one's work, however long it takes. In the second, they
     meet when a run ends. It times out after a minute: the processes have just saved together, so a

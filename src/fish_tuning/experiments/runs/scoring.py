@@ -62,7 +62,7 @@ class Selection:
 
     @classmethod
     def load(cls, folder: Path) -> Selection | None:
-        """Read what `save` has completely written; None if there is nothing like that."""
+        """Read a selection that `save` wrote completely; None if there is none."""
         try:
             record = _Record.model_validate_json((folder / _RECORD).read_bytes())
             mask = FishMask.from_pretrained(folder)
@@ -87,7 +87,7 @@ def select(
         arm: A masked arm.
         config: The experiment.
         budget: Parameters to train in total, head included.
-        train: Tokenised training examples.
+        train: Tokenized training examples.
         collate: Makes a batch of some of them.
         warmup: Builds a Trainer for that many steps; called for the scoring point "warmup".
     """
@@ -129,7 +129,7 @@ def _calibration_set(
 
 @contextmanager
 def _after_warmup(model: nn.Module, steps: int, warmup: Callable[[int], Trainer]) -> Iterator[None]:
-    """Inside the block, the model has made its first training steps; they are undone after it."""
+    """Takes the first training steps, and undoes them when the block ends."""
     start = snapshot(model, trainable_tensors(model))
     training = model.training
     try:
@@ -148,7 +148,7 @@ def _after_warmup(model: nn.Module, steps: int, warmup: Callable[[int], Trainer]
 
 
 class _StopAfter(TrainerCallback):
-    """Stops a training early, without changing the learning rate schedule of its first steps."""
+    """Stops training early, without changing the learning rate schedule of its first steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -158,7 +158,7 @@ class _StopAfter(TrainerCallback):
 
 
 def score_histograms(scores: Mapping[str, Tensor]) -> list[ScoreHistogram]:
-    """Distribution of the scores of LoRA's A, of its B and of all else, over powers of ten."""
+    """Distribution of the scores of LoRA's A, its B and all other tensors, by powers of ten."""
     kinds: dict[str, list[Tensor]] = {}
     for name, tensor in scores.items():
         side = side_of(name)

@@ -55,7 +55,7 @@ def run_checked(checked: CheckedExperiment, *, name: str, ray_cpus: int | None =
         checked: The experiment.
         name: Its name in the results.
         ray_cpus: Number of cores per run, to train several runs at a time as tasks of Ray (see
-            `executor_ray`). None trains one run after the other in this process.
+            `executor_ray`). None trains one run after another in this process.
 
     Returns:
         The records of all runs.
@@ -149,6 +149,6 @@ def _check_processes(config: ExperimentConfig, folder: Path) -> None:
         if run.status == "finished" and before != processes.count():
             raise ConfigError(
                 f"training.output_dir: number of processes: {before} trained the runs in "
-                f"{str(folder)!r} and now there are {processes.count()}, whose batches would "
-                "be of another size; start as many, or choose another folder"
+                f"{str(folder)!r}, but now there are {processes.count()}, so batches would have "
+                f"another size; start {before}, or choose another folder"
             )
