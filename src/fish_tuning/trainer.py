@@ -72,7 +72,7 @@ class FishTuningCallback(TrainerCallback):
             )
         check_fits_model(model)
         if args.deepspeed_plugin is not None or args.fsdp:
-            return  # Their optimizers hold tensors of their own.
+            return  # Their optimizers hold their own tensors.
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         values = [value for value in masked_parameters(model) if value.requires_grad]
         if values and not any(id(value) in held for value in values):
@@ -106,7 +106,7 @@ class FishTuningCallback(TrainerCallback):
             self._diverged = True
             logger.warning(
                 "Training has diverged: at step %d, %d of %d selected values are not finite, and "
-                "they will stay so. Stop, and go on from an earlier checkpoint with a lower "
+                "they will stay so. Stop, and continue from an earlier checkpoint with a lower "
                 "learning rate (Trainer's logging_nan_inf_filter leaves such losses out of its "
                 "log)",
                 state.global_step,
