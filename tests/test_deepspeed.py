@@ -124,7 +124,7 @@ def test_zero_trains_as_one_process(stage, clipping, tmp_path):
         for name, bits in mask.items():
             assert torch.equal(saved[name][~bits], before[name][~bits]), name
         for kind, message in errors:
-            assert kind == "ValueError" and message.endswith("before it is prepared")
+            assert kind == "ValueError" and message.endswith("before you prepare it")
 
 
 def train_bf16(rank, model, mask, config):
