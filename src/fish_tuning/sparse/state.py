@@ -247,7 +247,8 @@ class MaskState:
                 "a masked model cannot be replicated by torch.nn.DataParallel: start one process "
                 "per device with torchrun or accelerate launch, or make only one device visible"
             )
-        if self.running is not None:
+        if self.running is not None or torch.compiler.is_exporting():
+            # torch.export takes a state dict first, which brings the tensors up to date.
             return
         root = self.root()
         if not torch.compiler.is_compiling():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from peft.tuners.adaption_prompt import AdaptionPromptModel
 from torch import nn
 
 from fish_tuning.sparse.reconcile import unfit
@@ -30,9 +31,12 @@ def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
     """
     places = [place for tensor in tensors for place in tensor.places]
     paths = paths_of(root, places)
+    set_aside = set(_set_aside(root))
     edges: dict[Edge, None] = {}
     for place in places:
         found = paths.get(place.module)
+        if not found and place.module in set_aside:
+            continue
         if not found:
             raise unfit(f"{place.name} is no longer in it")
         names = [f"{path}.{place.attribute}" if path else place.attribute for path in found]
@@ -44,6 +48,15 @@ def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
             edges[None if module is root else module, name, child] = None
             module = child
     return list(edges)
+
+
+def _set_aside(root: nn.Module) -> Iterator[nn.Module]:
+    """Modules that PEFT takes out of a model while their adapter is not active."""
+    for module in root.modules():
+        if isinstance(module, AdaptionPromptModel):
+            for layers in module._cached_adapters.values():
+                for layer in layers:
+                    yield from layer.modules()
 
 
 def paths_of(root: nn.Module, places: Iterable[Place]) -> dict[nn.Module, list[str]]:
