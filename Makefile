@@ -78,6 +78,17 @@ test-oldest: $(OLDEST)/.installed ## the core on the oldest allowed versions
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n 2 \
 		-k "$(OF_NEWER_TORCH)" $(OLDEST_TESTS:%=tests/%)
 
+# Some 15 minutes on two idle cores; PEFT_SHARE=0.1 runs a tenth of the tests.
+PEFT_SHARE ?= 1
+WITH_PEFT_SUITE := $(VENV)/.installed-peft-suite
+$(WITH_PEFT_SUITE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peft-suite]'
+	@touch $@
+
+test-peft: $(WITH_PEFT_SUITE) ## PEFT's own tests on masked adapters; PEFT_CHECKOUT names its source
+	@test -n "$(PEFT_CHECKOUT)" || { echo "error: set PEFT_CHECKOUT to a checkout or an unpacked source distribution of PEFT at the installed version" >&2; exit 1; }
+	$(BIN)/python tests/peft_suite/run.py $(PEFT_CHECKOUT) --share $(PEFT_SHARE)
+
 fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 	$(BIN)/python -m tests.fuzz 600
 

@@ -1,0 +1,126 @@
+"""A pytest plugin: masks half of the entries of every adapter, and reports each test's outcome.
+
+Named on pytest's command line (`-p masked_adapters`), it is imported before PEFT's tests are, so
+that these import the `get_peft_model` that masks.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+# Tests turn the hub back on, and would wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import peft
+import peft.mapping_func
+import pytest
+import torch
+from torch import nn
+
+from fish_tuning import apply_mask, create_mask_from_fisher, get_mask
+
+SEED = 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("masked adapters")
+    group.addoption("--masked", action="store_true", help="mask half of every adapter")
+    group.addoption("--outcomes", help="file that gets a line of JSON for each test")
+    group.addoption("--per-tuner", type=int, default=0, help="configs of a tuner kept per test")
+    group.addoption("--share", type=float, default=1.0, help="share of the tests to run")
+    group.addoption("--only", help="file with the names of the tests to run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--masked"):
+        peft.get_peft_model = peft.mapping_func.get_peft_model = _masking(peft.get_peft_model)
+
+
+_refusals: list[str] = []
+
+
+def _masking(get_peft_model: Any) -> Any:
+    @functools.wraps(get_peft_model)
+    def masked(*args: Any, **kwargs: Any) -> nn.Module:
+        model = get_peft_model(*args, **kwargs)
+        generator = torch.Generator().manual_seed(SEED)
+        scores = {
+            name: torch.rand(p.shape, generator=generator) + 1e-3
+            for name, p in model.named_parameters()
+            if p.requires_grad and not p.is_meta and p.numel()
+        }
+        for score in scores.values():
+            # Without an entry of some small tensor, some adapters have no gradient anywhere.
+            score.view(-1)[0] = 2
+        if scores:
+            try:
+                apply_mask(model, create_mask_from_fisher(scores, 0.5))
+            except ValueError as error:
+                _refusals.append(str(error))
+        return model
+
+    return masked
+
+
+def _check_requires_grad(self: Any, model: nn.Module, *expected: str) -> None:
+    """Compares what is trained by the names of the tensors, not of their values."""
+    mask = get_mask(model) or {}
+    unselected = {name for name, bits in mask.items() if not bits.any()}
+    trained = {n.removesuffix("_values") for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(expected) - unselected
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the first configs of each tuner for each test, and of all tests an even share.
+
+    The share goes by the tests' names, so that each run and each machine picks the same ones.
+    """
+    per_tuner, share = config.getoption("--per-tuner"), config.getoption("--share")
+    only = config.getoption("--only")
+    named = set(Path(only).read_text().splitlines()) if only else None
+    seen: collections.Counter[tuple[str, ...]] = collections.Counter()
+    kept = []
+    for item in items:
+        if named is not None:
+            if item.nodeid in named:
+                kept.append(item)
+            continue
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if per_tuner and (tuner := parameters.get("config_cls")) is not None:
+            model = str(parameters.get("model_id"))
+            # Of PEFT's own small modules all, of models from the hub whichever comes first.
+            key = item.nodeid.split("[")[0], tuner.__name__, "" if "/" in model else model[:20]
+            seen[key] += 1
+            if seen[key] > per_tuner:
+                continue
+        if zlib.crc32(item.nodeid.encode()) < share * 2**32:
+            kept.append(item)
+    chosen = set(kept)
+    for kind in {getattr(item, "cls", None) for item in kept}:
+        if config.getoption("--masked") and hasattr(kind, "check_requires_grad"):
+            kind.check_requires_grad = _check_requires_grad
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    path = item.config.getoption("--outcomes")
+    if path and (report.when == "call" or report.outcome != "passed"):
+        error = call.excinfo.exconly() if call.excinfo else ""
+        row = {"test": item.nodeid, "outcome": report.outcome, "error": error[:400]}
+        with open(path, "a") as file:
+            file.write(json.dumps(row | {"refusals": _refusals[:]}) + "\n")
+    if report.when == "call":
+        _refusals.clear()
+    return report
