@@ -52,7 +52,7 @@ def inspect(
 
 def _find_mask(folder: Path) -> Path:
     """Find the one mask in a folder or its subfolders, and return its folder."""
-    from fish_tuning.experiments.config.load import ConfigError
+    from fish_tuning.experiments.errors import ConfigError
 
     if not folder.is_dir():
         raise ConfigError(

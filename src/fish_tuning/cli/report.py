@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Rebuild the report of one sweep, or write one over several."""
     with user_errors():
-        from fish_tuning.experiments.config.load import ConfigError
+        from fish_tuning.experiments.errors import ConfigError
         from fish_tuning.experiments.results import read_results
 
         if output is None and len(folders) > 1:

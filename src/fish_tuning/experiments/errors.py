@@ -21,3 +21,8 @@ class ConfigError(ValueError):
         else:
             text = "\n  - ".join([f"{source or 'config'}: {count}", *self.problems])
         super().__init__(text)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -67,11 +67,6 @@ def metric_names(
     return (chosen, *(name for name in names if name != chosen))
 
 
-def main_metric(names: Sequence[str]) -> str:
-    """Return the metric that arms are compared by: the first."""
-    return names[0]
-
-
 def greater_is_better(name: str) -> bool:
     """Return whether a larger value of the metric is better."""
     return name != "mse"

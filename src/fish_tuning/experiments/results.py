@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fish_tuning.mask import FishMask
 
 FORMAT_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -28,6 +31,14 @@ class TensorDensity(_Record):
     name: str = Field(description="Parameter name in the PEFT model.")
     selected: int = Field(description="Number of entries that are trained.")
     entries: int = Field(description="Number of entries in the tensor.")
+
+
+def tensor_densities(mask: FishMask) -> list[TensorDensity]:
+    """Count the selected and all entries of each of a mask's tensors."""
+    return [
+        TensorDensity(name=name, selected=int(bits.count_nonzero()), entries=bits.numel())
+        for name, bits in mask.items()
+    ]
 
 
 class ScoreHistogram(_Record):

@@ -15,8 +15,6 @@ from fish_tuning.experiments.config.training_args import DEFAULT_ARGS, rename_ol
 from fish_tuning.experiments.config.yaml_file import merge, parse_override, read_yaml
 from fish_tuning.experiments.errors import ConfigError
 
-__all__ = ["ConfigError", "ExperimentConfig", "check_output_dir", "find_base", "load_config"]
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Load an experiment's config.
@@ -41,7 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         }
     ]
     source = str(path)
-    base = find_base(path)
+    base = _find_base(path)
     if base is not None:
         layers.append(read_yaml(base))
         source += f" (over {base})"
@@ -64,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     return config
 
 
-def find_base(path: Path) -> Path | None:
+def _find_base(path: Path) -> Path | None:
     """Find the `base_config.yaml` whose values an experiment file overrides."""
     folder = path.absolute().parent
     for candidate in (folder / "base_config.yaml", folder.parent / "base_config.yaml"):

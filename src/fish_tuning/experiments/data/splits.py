@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.data.files import find_files, read_file
-from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.errors import ConfigError, first_line
 
 Splits = Mapping[str, Callable[[], Dataset]]
 """A function per split that loads it."""
@@ -77,10 +77,9 @@ def _load_with_datasets(load: Callable[..., Any], args: list[str], key: str) -> 
         return load(*args)
     # The hub's clients, loading scripts and Arrow have no common base class for their errors.
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"dataset.{key}: {args} cannot be loaded: {type(error).__name__}: {reason}; check the "
-            "name and the network, or use dataset.path for local data"
+            f"dataset.{key}: {args} cannot be loaded: {type(error).__name__}: {first_line(error)}; "
+            "check the name and the network, or use dataset.path for local data"
         ) from error
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from fish_tuning.experiments.config.model import MINILM, ModelConfig
-from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.errors import ConfigError, first_line
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -89,10 +89,9 @@ def _check_hub(name: str) -> None:
     except Exception as error:
         if "Timeout" in type(error).__name__:
             return  # The hub is slow, which is not the config's fault; the download waits longer.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model.name: there is no folder {name!r}, and the hub cannot be asked for it "
-            f"({reason}); {remedy}"
+            f"({first_line(error)}); {remedy}"
         ) from None
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fish_tuning.experiments.config.model import MINILM, ModelConfig
-from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.errors import ConfigError, first_line
 from fish_tuning.experiments.models.find import check_model, check_quantization
 from fish_tuning.experiments.models.minilm import minilm_path
 
@@ -184,7 +184,7 @@ def _loaded(kind: Any, source: str, config: ModelConfig) -> Any:
     except Exception as error:
         what = "tokenizer" if kind is AutoTokenizer else "config.json"
         raise ConfigError(
-            f"model.name: the {what} of {config.name!r} cannot be loaded: {_reason(error)}; check "
+            f"model.name: the {what} of {config.name!r} cannot be loaded: {first_line(error)}; check "
             "the name, the network and the files"
         ) from error
 
@@ -202,14 +202,10 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
                 "transformers has no sequence classification; name another model"
             ) from None
         raise ConfigError(
-            f"model.name: {config.name!r} cannot be built: {_reason(error)}; check its files, "
+            f"model.name: {config.name!r} cannot be built: {first_line(error)}; check its files, "
             "model.config_overrides and model.attn_implementation"
         ) from error
     return model
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _longest_input(own: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

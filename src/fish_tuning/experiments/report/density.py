@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fish_tuning.experiments.results import TensorDensity
+from fish_tuning.experiments.results import TensorDensity, tensor_densities
 from fish_tuning.experiments.tables import Table
 from fish_tuning.mask import FishMask
 from fish_tuning.names import Place, place_of
@@ -22,14 +22,6 @@ class Counts(NamedTuple):
     def density(self) -> float:
         """The selected fraction."""
         return self.selected / self.entries
-
-
-def mask_tensors(mask: FishMask) -> list[TensorDensity]:
-    """Count the entries of a mask's tensors."""
-    return [
-        TensorDensity(name=name, selected=int(tensor.count_nonzero()), entries=tensor.numel())
-        for name, tensor in mask.items()
-    ]
 
 
 def count_by_place(tensors: Iterable[TensorDensity]) -> dict[Place, Counts]:
@@ -58,7 +50,7 @@ def short_names(modules: Iterable[str]) -> dict[str, str]:
 
 def density_table(mask: FishMask) -> Table:
     """Density of a mask: a row per layer, a column per module and for each side of LoRA."""
-    counts = count_by_place(mask_tensors(mask))
+    counts = count_by_place(tensor_densities(mask))
     names = short_names(place.module for place in counts)
     rows, modules, sides = (defaultdict[str, set[Place]](set) for _ in range(3))
     for place in counts:

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.experiments.report.density import count_by_place, mask_tensors, short_names
+from fish_tuning.experiments.report.density import count_by_place, short_names
 from fish_tuning.experiments.report.style import WIDTH, figure_style, shorten
-from fish_tuning.experiments.results import TensorDensity
+from fish_tuning.experiments.results import TensorDensity, tensor_densities
 from fish_tuning.mask import FishMask
 from fish_tuning.names import Place
 
@@ -173,7 +173,7 @@ def save_mask_picture(mask: FishMask, path: str | os.PathLike[str]) -> None:
 
 def mask_figure(mask: FishMask) -> Figure:
     """Draw the selected fraction of a mask by layer and module."""
-    figure = density_figure(mask_tensors(mask))
+    figure = density_figure(tensor_densities(mask))
     if figure is None:
         raise ValueError("The mask has no entries, so it has no picture.")
     return figure

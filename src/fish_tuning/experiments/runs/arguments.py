@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from fish_tuning.experiments.config.schema import ExperimentConfig
-from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.metrics import greater_is_better, main_metric
+from fish_tuning.experiments.errors import ConfigError, first_line
+from fish_tuning.experiments.metrics import greater_is_better
 
 
 def training_arguments(
@@ -63,9 +63,8 @@ def training_arguments(
         return TrainingArguments(**args)
     # Its checks raise many kinds of errors, some of them from torch and accelerate.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"base_training.args, training.args_override: transformers refuses them: {reason}; "
+            f"base_training.args, training.args_override: transformers refuses them: {first_line(error)}; "
             "correct the argument"
         ) from error
 
@@ -81,7 +80,7 @@ def best_by(config: ExperimentConfig, metrics: Sequence[str]) -> tuple[str, bool
         ConfigError: That metric is not computed.
     """
     args = config.training_args
-    chosen = args.get("metric_for_best_model", main_metric(metrics))
+    chosen = args.get("metric_for_best_model", metrics[0])
     name = str(chosen).removeprefix("eval_")
     if name not in (*metrics, "loss"):
         raise ConfigError(

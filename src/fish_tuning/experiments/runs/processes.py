@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from fish_tuning.distributed import world
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(seconds=60)
@@ -17,12 +19,12 @@ PATIENCE = timedelta(seconds=60)
 
 def count() -> int:
     """The number of processes; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return world()[1]
 
 
 def is_main() -> bool:
     """Whether this is the process that writes files, holds the lock and prints."""
-    return count() == 1 or dist.get_rank() == 0
+    return world()[0] == 0
 
 
 def in_main(make: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.metrics import compute_metrics_for
 from fish_tuning.experiments.models.adapters import add_adapter, trainable_tensors
 from fish_tuning.experiments.models.load import load_model
-from fish_tuning.experiments.results import Run, TensorDensity
+from fish_tuning.experiments.results import Run, tensor_densities
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
@@ -84,7 +84,7 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
         peak_memory_of=measurements.memory.of,
         adapter_bytes=adapter_bytes,
         adapter=(Path(folder.parent.name) / folder.name / ADAPTER_FOLDER).as_posix(),
-        mask_density=_densities(mask) if mask is not None else [],
+        mask_density=tensor_densities(mask) if mask is not None else [],
         score_histograms=selection.histograms if selection else [],
     )
 
@@ -243,10 +243,3 @@ def _named(entry: Mapping[str, float], metrics: Sequence[str]) -> dict[str, floa
     values = {"eval_loss": entry["eval_loss"]}
     values |= {name: entry[f"eval_{name}"] for name in metrics}
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
-
-
-def _densities(mask: FishMask) -> list[TensorDensity]:
-    return [
-        TensorDensity(name=name, selected=int(bits.sum()), entries=bits.numel())
-        for name, bits in mask.items()
-    ]
