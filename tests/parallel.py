@@ -46,6 +46,18 @@ def error_of(function, *args, **options):
     return None
 
 
+class Failing:
+    """A loader that may fail after its last batch."""
+
+    def __init__(self, batches, fails):
+        self.batches, self.fails = batches, fails
+
+    def __iter__(self):
+        yield from self.batches
+        if self.fails:
+            raise OSError("disk on fire")
+
+
 def random_mask(model, density=0.3):
     """Entries of the adapter, and all of the head."""
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fish_tuning import FishConfig, apply_mask, get_fish_model, score_with_perturbed_b
 from tests.models import batches_of, examples_for
 from tests.parallel import (
+    Failing,
     assert_equal_scores,
     error_of,
     lora_bert,
@@ -16,7 +17,6 @@ from tests.parallel import (
     trainable,
 )
 from tests.processes import in_processes
-from tests.scoring.test_processes import Failing
 
 
 def wrapped(rank, batches):

@@ -6,11 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -25,18 +21,9 @@ from tests.training import (
     random_mask,
     tensor_of,
     tensors_of,
+    tiny_tokenizer,
     trainable,
 )
-
-WORDS = ["<pad>", "<eos>", "<unk>", "the", "fish", "swims", "up", "river", "and", "down", "again"]
-
-
-def tiny_tokenizer():
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 class MaskedGradients(TrainerCallback):

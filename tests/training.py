@@ -4,15 +4,16 @@ import os
 import signal
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from fish_tuning import FishTuningTrainer
 from tests.models import examples_for, tiny_bert, with_lora
 
 HEAD = "modules_to_save"
-
-
 STEPS, KILLED_AT = 6, 3
 
 
@@ -87,6 +88,17 @@ def trainer_for(model, folder, mask=None, callbacks=None, **settings):
         eval_dataset=data_for(model),
         mask=mask,
         callbacks=callbacks,
+    )
+
+
+WORDS = ["<pad>", "<eos>", "<unk>", "the", "fish", "swims", "up", "river", "and", "down", "again"]
+
+
+def tiny_tokenizer():
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
 
 

@@ -5,16 +5,7 @@ import subprocess
 import sys
 
 from fish_tuning.experiments.arms import planned
-from tests.experiments.tiny_experiment import experiment
-
-ALL_ARMS = [
-    "Original LoRA",
-    "LoRA-FISH",
-    "LoRA-FISH-rand",
-    "LoRA-FISH-rev",
-    "LoRA (FISH rank)",
-    "LoRA-FA",
-]
+from tests.experiments.tiny_experiment import ALL_ARMS, experiment
 
 
 def test_the_plan(tmp_path):

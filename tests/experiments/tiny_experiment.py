@@ -20,6 +20,14 @@ from fish_tuning.experiments.config.yaml_file import merge
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+ALL_ARMS = [
+    "Original LoRA",
+    "LoRA-FISH",
+    "LoRA-FISH-rand",
+    "LoRA-FISH-rev",
+    "LoRA (FISH rank)",
+    "LoRA-FA",
+]
 
 
 def write_tokenizer(folder: Path, **special: str) -> Path:

@@ -31,7 +31,7 @@ from fish_tuning import (
 )
 from fish_tuning.mask.card import write_card
 from tests.models import batches_of, examples_for, tiny_bert, tiny_llama, tiny_t5, with_lora
-from tests.test_other_trainers import tiny_tokenizer
+from tests.training import tiny_tokenizer
 
 SETTINGS = {
     "num_trainable": 300,

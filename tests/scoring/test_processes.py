@@ -23,6 +23,7 @@ from tests.models import (
     with_lora,
 )
 from tests.parallel import (
+    Failing,
     assert_equal_scores,
     assert_identical,
     error_of,
@@ -223,16 +224,6 @@ def test_different_weights_are_refused(tmp_path):
 
 
 # Failures
-
-
-class Failing:
-    def __init__(self, batches, fails):
-        self.batches, self.fails = batches, fails
-
-    def __iter__(self):
-        yield from self.batches
-        if self.fails:
-            raise OSError("disk on fire")
 
 
 def failures(rank, model, batches):

@@ -11,7 +11,7 @@ from fish_tuning.experiments.models.adapters import (
     trainable_tensors,
 )
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
-from tests.experiments.models.test_counts import BERT_TINY, of_model, trainable
+from tests.experiments.models.arm_counts import BERT_TINY, of_model, trainable
 from tests.experiments.tiny_experiment import experiment, write_bert
 
 

@@ -9,13 +9,10 @@ from fish_tuning.experiments.config.load import load_config
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.counts import count_parameters, names_left_dense
 from fish_tuning.experiments.models.load import meta_model
-from tests.experiments.tiny_experiment import experiment
+from tests.experiments.models.arm_counts import BERT_TINY, of_model, trainable
 
 CONFIGS = Path(__file__).parents[3] / "configs/experiments"
 BERT_BASE = BertConfig(vocab_size=28996)
-BERT_TINY = BertConfig(
-    hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
-)
 TINYLLAMA = LlamaConfig(
     hidden_size=2048,
     num_hidden_layers=22,
@@ -24,17 +21,6 @@ TINYLLAMA = LlamaConfig(
     intermediate_size=5632,
     vocab_size=32000,
 )
-
-
-def of_model(config, folder, **changes):
-    config.save_pretrained(folder)
-    return experiment(folder, "unused.csv", "unused", **changes)
-
-
-def trainable(config, num_labels):
-    """Trainable parameters of every arm and ratio."""
-    counts = count_parameters(config, num_labels)
-    return {key: count.trainable for key, count in counts.items()}
 
 
 @pytest.mark.parametrize(

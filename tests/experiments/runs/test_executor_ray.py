@@ -17,8 +17,8 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import RESULTS_FILE
 from fish_tuning.experiments.runs.sweep import run_experiment
-from tests.experiments.runs.test_sweep import comparable
-from tests.experiments.tiny_experiment import experiment, write_bert, write_data
+from tests.experiments.runs.records import comparable
+from tests.experiments.tiny_experiment import experiment
 
 pytest.importorskip("ray", reason="pip install 'fish-tuning[ray]'")
 pytestmark = pytest.mark.slow
@@ -27,12 +27,6 @@ ROOT = Path(__file__).parents[3]
 ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
 KEYS = [("Original LoRA", None), ("LoRA-FISH", 1.0)]
 SEARCH: dict[str, Any] = {"values": [1e-3, 1e-2], "held_out": 24, "seeds": [7]}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return write_bert(folder / "model"), write_data(folder / "data.csv")
 
 
 @pytest.fixture

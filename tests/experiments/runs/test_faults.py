@@ -24,17 +24,11 @@ from fish_tuning.experiments.results import RUN_FILE, read_results
 from fish_tuning.experiments.runs import executor, record, training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
 from fish_tuning.experiments.runs.sweep import run_experiment
-from tests.experiments.runs.test_sweep import FEW_ARMS, comparable, weights
-from tests.experiments.tiny_experiment import experiment, write_bert, write_data
+from tests.experiments.runs.records import FEW_ARMS, comparable, weights
+from tests.experiments.tiny_experiment import experiment
 from tests.fuzz.readers import altered, damaged
 
 ONE_ARM = {"fish_tuning": {"methods_to_run": ["LoRA-FISH"]}}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return write_bert(folder / "model"), write_data(folder / "data.csv")
 
 
 # Killed at a moment of one's choice

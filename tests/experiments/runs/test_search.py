@@ -15,16 +15,10 @@ from fish_tuning.experiments.results import Run
 from fish_tuning.experiments.runs.preflight import check_experiment
 from fish_tuning.experiments.runs.search import chosen_learning_rates
 from fish_tuning.experiments.runs.sweep import run_experiment
-from tests.experiments.tiny_experiment import experiment, write_bert, write_data
+from tests.experiments.tiny_experiment import experiment
 
 ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
 SEARCH = {"values": [1e-4, 3e-2], "held_out": 40, "seeds": [7, 8]}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return write_bert(folder / "model"), write_data(folder / "data.csv")
 
 
 @pytest.fixture(scope="module")

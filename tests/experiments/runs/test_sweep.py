@@ -1,6 +1,5 @@
 """Sweeps: what is trained, what is recorded, and what survives."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -11,48 +10,18 @@ import pytest
 import torch
 from filelock import FileLock
 from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
 
 from fish_tuning import FishMask
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.counts import ParameterCounts
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
-from fish_tuning.experiments.results import RESULTS_FILE, read_results
+from fish_tuning.experiments.results import read_results
 from fish_tuning.experiments.runs import prepare, training
 from fish_tuning.experiments.runs.record import LOCK_FILE
 from fish_tuning.experiments.runs.sweep import run_experiment
-from tests.experiments.tiny_experiment import experiment, write_bert, write_data, write_llama
-
-TIMES = {"train_seconds", "score_seconds", "peak_memory_bytes", "started_at", "finished_at"}
-ALL_ARMS = [
-    "Original LoRA",
-    "LoRA-FISH",
-    "LoRA-FISH-rand",
-    "LoRA-FISH-rev",
-    "LoRA (FISH rank)",
-    "LoRA-FA",
-]
-FEW_ARMS = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return write_bert(folder / "model"), write_data(folder / "data.csv")
-
-
-def comparable(folder):
-    """results.json without times and memory."""
-    content = json.loads((Path(folder) / RESULTS_FILE).read_bytes())
-    for run in [*content["runs"], *content["search"]]:
-        for name in TIMES:
-            del run[name]
-    return content
-
-
-def weights(folder, run):
-    return load_file(Path(folder) / run.adapter / "adapter_model.safetensors")
+from tests.experiments.runs.records import FEW_ARMS, comparable, weights
+from tests.experiments.tiny_experiment import ALL_ARMS, experiment, write_data, write_llama
 
 
 @pytest.fixture(scope="module")

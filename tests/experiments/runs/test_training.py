@@ -9,16 +9,7 @@ from fish_tuning.experiments.models.load import load_tokenizer
 from fish_tuning.experiments.runs import training
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
-from tests.experiments.tiny_experiment import experiment, write_bert, write_data
-
-ALL_ARMS = [
-    "Original LoRA",
-    "LoRA-FISH",
-    "LoRA-FISH-rand",
-    "LoRA-FISH-rev",
-    "LoRA (FISH rank)",
-    "LoRA-FA",
-]
+from tests.experiments.tiny_experiment import ALL_ARMS, experiment, write_bert, write_data
 
 
 def test_all_arms_of_a_seed_start_alike(tmp_path):

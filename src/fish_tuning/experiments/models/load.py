@@ -184,8 +184,8 @@ def _loaded(kind: Any, source: str, config: ModelConfig) -> Any:
     except Exception as error:
         what = "tokenizer" if kind is AutoTokenizer else "config.json"
         raise ConfigError(
-            f"model.name: the {what} of {config.name!r} cannot be loaded: {first_line(error)}; check "
-            "the name, the network and the files"
+            f"model.name: the {what} of {config.name!r} cannot be loaded: {first_line(error)}; "
+            "check the name, the network and the files"
         ) from error
 
 

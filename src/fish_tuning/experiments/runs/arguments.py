@@ -64,8 +64,8 @@ def training_arguments(
     # Its checks raise many kinds of errors, some of them from torch and accelerate.
     except Exception as error:
         raise ConfigError(
-            f"base_training.args, training.args_override: transformers refuses them: {first_line(error)}; "
-            "correct the argument"
+            "base_training.args, training.args_override: transformers refuses them: "
+            f"{first_line(error)}; correct the argument"
         ) from error
 
 

@@ -1,0 +1,11 @@
+"""A tiny model and its data, which the runs of several tests share."""
+
+import pytest
+
+from tests.experiments.tiny_experiment import write_bert, write_data
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return write_bert(folder / "model"), write_data(folder / "data.csv")
