@@ -1,6 +1,6 @@
-"""Methods of the adapters library under a mask, as tests.methods_table has PEFT's.
+"""Methods of the adapters library under a mask, like PEFT's in tests.methods_table.
 
-The library needs an older transformers, so that this has an environment of its own: `make
+The library needs an older transformers, so this has its own environment: `make
 test-adapters` builds it. docs/adapters.md is written there by
 
     .venv-adapters/bin/python -m tests.adapters_table > docs/adapters.md
@@ -127,7 +127,7 @@ METHODS = (
 
 
 def build(method: Method) -> Any:
-    """The model with its adapter, in evaluation mode; every trainable entry off its start."""
+    """The model with its adapter, in evaluation mode; every trainable entry moved off its start."""
     return seeded(_build, method)
 
 
@@ -143,7 +143,7 @@ def _build(method: Method) -> Any:
 
 
 def outcomes(method: Method, folder: Path) -> dict[str, str]:
-    """What each step came to, by step; a step that is wrong fails an assertion."""
+    """The outcome of each step, by step; a wrong step fails an assertion."""
     model = build(method)
     examples = examples_for(model, 6)
     batches = batches_of(examples, 3)
@@ -203,7 +203,7 @@ def load(method: Method, model: Any, folder: Path) -> Any:
 
 
 def merge(method: Method, model: Any, folder: Path) -> Any:
-    """A plain model of transformers with the weights of this one, merged if it can be."""
+    """A plain transformers model with the weights of this one, merged if possible."""
     with contextlib.suppress(ValueError):  # a gate cannot
         model.merge_adapter(NAME)
     plain = method.base()

@@ -141,7 +141,7 @@ def bert_in_8_bits() -> Any:
 
 
 def quantized(**bits: Any) -> Any:
-    """BERT whose frozen weights bitsandbytes has quantised; its head is left as it is."""
+    """BERT whose frozen weights bitsandbytes has quantized; its head is left as it is."""
     folder = tempfile.mkdtemp(dir=_TEMPORARY.name)
     tiny_bert().save_pretrained(folder)
     config = tr.BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **bits)
@@ -212,7 +212,7 @@ def _mixed(base: Any, config: Any) -> Any:
 
 
 def _as_quantized(base: Any, config: Any) -> None:
-    """QA-LoRA is for GPTQ's layers alone; here they have the weights that they would stand for."""
+    """QA-LoRA is only for GPTQ's layers; here these hold the weights that they would represent."""
     config._register_custom_module({nn.Linear: GPTQLoraLinear})
 
 
@@ -530,7 +530,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def outcomes(method: Method, folder: Path) -> dict[str, str]:
-    """What each step came to, by step; a step that is wrong fails an assertion."""
+    """The outcome of each step, by step; a wrong step fails an assertion."""
     model = build(method)
     examples = [{**example, **method.inputs} for example in examples_for(model, 6)]
     batches = batches_of(examples, 3)
@@ -595,7 +595,7 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
 
 
 def scores_in_double(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those of the library and those of the loop over single examples."""
+    """The scores of the library and those of the loop over single examples."""
     model = build(method).double()
     examples = [{**example, **method.inputs} for example in examples_for(model, 5)]
     scores = calculate_fisher_information(model, batches_of(examples, 3), progress=False)
@@ -797,7 +797,7 @@ def rows_of(text: str) -> dict[str, dict[str, str]]:
 def write_page(
     methods: Sequence[Any], outcomes: Callable[..., Any], page: Callable[..., str]
 ) -> None:
-    """Tries every method and prints the page that says what came of it."""
+    """Tries every method and prints the page of outcomes."""
     rows = {}
     for method in methods:
         with tempfile.TemporaryDirectory() as folder:

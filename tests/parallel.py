@@ -38,7 +38,7 @@ def assert_identical(results):
 
 
 def error_of(function, *args, **options):
-    """Type and message of what the call raises."""
+    """Return type and message of the exception that the call raises."""
     try:
         function(*args, **options)
     except Exception as error:
@@ -82,7 +82,7 @@ STEPS = 4
 
 
 def labelled_alike(model, step):
-    """Four examples without padding, so that the mean over a batch is that over its halves."""
+    """Four examples without padding, so that the mean over a batch is the mean over its halves."""
     return pad(examples_for(model, 4, step, shortest=7, longest=7))
 
 

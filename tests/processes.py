@@ -12,16 +12,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 100
-"""Seconds until processes that wait for each other for ever are killed."""
+"""Seconds until processes that wait for each other forever are killed."""
 
 
 def in_processes(count: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What a module's `function(rank, *args)` returns in each of `count` processes, by rank.
+    """Return the results of a module's `function(rank, *args)` in `count` processes, by rank.
 
     Args:
         count: The number of processes.
         folder: Where they meet; another one for each call.
-        function: It runs in an initialised process group.
+        function: It runs in an initialized process group.
         *args: Its further arguments; each process has a copy.
 
     Raises:
@@ -31,7 +31,7 @@ def in_processes(count: int, folder: Path, function: Callable[..., Any], *args: 
     # Imports take seconds; forks of one process that has them take none.
     mp.set_forkserver_preload([function.__module__])
     folder.mkdir()
-    # By a file: what is sent to a process directly shares its memory.
+    # Through a file: objects sent to a process directly share its memory.
     torch.save((function, args), folder / "call.pt")
     context = mp.start_processes(
         _run, (count, folder), count, join=False, start_method="forkserver"

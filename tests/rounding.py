@@ -56,5 +56,5 @@ def float32_rtol(
 
 
 def zero_in_theory(name: str) -> bool:
-    """Whether the gradient is 0 but for rounding: softmax ignores an attention key's bias."""
+    """Whether the gradient is 0 except for rounding: softmax ignores an attention key's bias."""
     return name.endswith(("key.bias", "k_proj.bias", "key.base_layer.bias"))

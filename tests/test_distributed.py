@@ -85,7 +85,7 @@ def train_ddp(rank, model, mask, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"broadcast_buffers": False}])
 def test_ddp_trains_as_one_process(settings, tmp_path):
-    """Guards against gradients that are not averaged, more than k numbers sent a step, and
+    """Guards against gradients that are not averaged, more than k numbers sent per step, and
     frozen entries broadcast before each forward pass."""
     model = lora_bert()
     mask = random_mask(model)

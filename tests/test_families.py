@@ -138,7 +138,7 @@ def test_plain_loop_trains_as_a_dense_model(build):
 
 
 def test_plain_module_with_a_loss_of_its_own():
-    """Guards models that transformers has never heard of: loss_fn, and a loop of one's own."""
+    """Guards models that transformers does not know: loss_fn, and a custom training loop."""
     model = Regressor().double()
     x, y = torch.randn(10, 6).double(), torch.randn(10, 2).double()
     batches = [{"x": x[i : i + 4], "labels": y[i : i + 4]} for i in range(0, 10, 4)]

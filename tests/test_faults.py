@@ -310,7 +310,7 @@ def test_a_process_that_dies_while_scoring(tmp_path):
     assert said.startswith("RuntimeError: another process has ended or does not answer")
 
 
-# Numbers that are none
+# Numbers that are not finite
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -343,7 +343,7 @@ def test_a_training_that_goes_well_is_not_said_to_diverge(tmp_path, caplog):
 
 
 class Back(TrainerCallback):
-    """The clock is put back by an hour at every step."""
+    """The clock is set back by an hour at every step."""
 
     def __init__(self, monkeypatch):
         self.monkeypatch, self.hours = monkeypatch, 0
@@ -393,9 +393,9 @@ def test_two_thousand_cycles(tmp_path):
     measured(200)
     before = measured(100)
     after = measured(1700)
-    # An object a cycle would be 1,700.
+    # An object per cycle would be 1,700.
     assert after[0] - before[0] < 500
-    # A kilobyte a cycle would be 1.7 MB.
+    # A kilobyte per cycle would be 1.7 MB.
     assert after[1] - before[1] < 2**20
     assert after[2] == before[2]
 

@@ -25,7 +25,7 @@ def test_every_method(method, tmp_path):
     assert outcomes(method, tmp_path) == ROWS[method.name]
 
 
-# Of which something is float32 whatever the model is, or whose loss is not the likelihood alone.
+# Methods with some float32 parts whatever the model's type, or a loss beyond the likelihood.
 NOT_IN_DOUBLE = {
     *("LoRA, `target_parameters`", "AdaMSS", "AdaMSS, `use_asa`"),
     *("AdaLoRA", "CPT", "Shadow", "Arrow", "LoRA, 4-bit base", "LoRA, 8-bit base"),

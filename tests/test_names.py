@@ -85,7 +85,7 @@ def test_names_as_they_are_saved(path, wrapper):
     "name", ["weight", "a.lora_C.default", "a.lora_AB.x", "alora_A.default", ""]
 )
 def test_names_that_are_no_lora(name):
-    """Guards tensors that are only named a bit like a pair."""
+    """Guards against tensors that are only named a bit like a pair."""
     assert (side_of(name), kind_of(name)) == ("", "")
     with pytest.raises(ValueError, match="is neither side of a LoRA pair"):
         opposite_side(name)

@@ -1,4 +1,4 @@
-"""LoRA on weights that bitsandbytes has quantised to 4 or 8 bits, on a processor."""
+"""LoRA on weights that bitsandbytes has quantized to 4 or 8 bits, on a processor."""
 
 import functools
 
@@ -37,7 +37,7 @@ def trainable(model):
 
 
 def quantized_state(model, kind):
-    """Bits and scales of all quantised layers, without what evaluation derives from them."""
+    """Bits and scales of all quantized layers, without what evaluation derives from them."""
     keys = ("weight", "SCB")
     return {
         f"{path}.{key}": value.clone()
@@ -56,7 +56,7 @@ def logits(model, batch):
 @pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
 @pytest.mark.parametrize("size", [1, 4])
 def test_scores_equal_the_loop_in_one_pass(build, size, caplog):
-    """Guards rules that do not find the LoRA layers around a quantised one."""
+    """Guards rules that do not find the LoRA layers around a quantized one."""
     model = adapted(build)
     layers = [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]
     assert layers and all(type(layer) is KINDS[build] for layer in layers)
@@ -97,8 +97,8 @@ def test_outliers_of_a_batch():
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
-def test_training_keeps_what_is_quantised(build, tmp_path):
-    """Guards quantised weights and frozen entries against everything that the Trainer does, and
+def test_training_keeps_what_is_quantized(build, tmp_path):
+    """Guards quantized weights and frozen entries against everything that the Trainer does, and
     the files and the merging of what it has trained."""
     model = adapted(build)
     examples = examples_for(model, 8, shortest=6, longest=6)
@@ -141,7 +141,7 @@ def test_training_keeps_what_is_quantised(build, tmp_path):
     batch = pad(examples)
     loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded, batch), logits(model, batch))
-    # Merging quantises anew, so that the outputs change; a mask does not change how.
+    # Merging quantizes again, so the outputs change; a mask does not change how.
     merged, plain = model.merge_and_unload(), loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged, batch), logits(plain, batch), rtol=0, atol=0)
 

@@ -41,7 +41,7 @@ def tensors_of(model, names):
 
 
 def assert_trained_where_selected(model, mask, before):
-    """Frozen entries have the same bits as before, nearly all selected ones others."""
+    """Check that frozen entries kept their bits and that nearly all selected ones changed."""
     selected = changed = 0
     for name, bits in mask.items():
         now, old = tensor_of(model, name), before[name]
@@ -103,7 +103,7 @@ def tiny_tokenizer():
 
 
 class Classifier(nn.Module):
-    """A plain module in the shape that Trainer wants."""
+    """A plain module with the interface that Trainer needs."""
 
     def __init__(self):
         super().__init__()

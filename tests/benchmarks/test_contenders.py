@@ -17,7 +17,7 @@ RANK = 4
 
 
 def test_equal_numbers_of_trained_values():
-    """Guards a comparison in which one side trains more."""
+    """Guards against a comparison in which one side trains more."""
     counts, built = {}, ways(TINY, RANK) | peers(TINY, RANK // 2)
     for name, way in built.items():
         contender = Contender.of(way("cpu"))
@@ -26,14 +26,15 @@ def test_equal_numbers_of_trained_values():
     budget = counts.pop("LoRA r=2")
     assert counts.pop("LoRA r=4") == counts.pop(HOOKS) > budget
     assert {counts[name] for name in (DEFAULT, PUBLISHED, UPPER)} == {budget}
-    # A value more for each rank of AdaLoRA; DoRA's magnitudes do not come out even.
+    # AdaLoRA has one more value per rank; DoRA's magnitudes do not add up to the same count.
     assert counts.pop("AdaLoRA r=2") == budget + 2 * 6
     assert budget / 2 < counts.pop("DoRA r=1") < budget
     assert all(budget - 6 <= count <= budget for count in counts.values()), counts
 
 
 def test_selections_are_those_of_their_names():
-    """Guards the published selection with entries of A, and lower layers that are trained."""
+    """Guards against the published selection with entries of A, and lower layers that are
+    trained."""
     built = ways(TINY, RANK)
     mask = get_mask(built[PUBLISHED]("cpu"))
     assert not any(bits.any() for name, bits in mask.items() if ".lora_A." in name)
@@ -46,7 +47,7 @@ def test_selections_are_those_of_their_names():
 
 
 def test_hooks_mask_gradients():
-    """Guards a baseline that trains something else."""
+    """Guards against a baseline that trains something else."""
     model = lora(TINY, RANK, "cpu").eval()
     mask = half_mask(model)
     twin = hooked(TINY, RANK, "cpu", mask).eval()
@@ -61,7 +62,7 @@ def test_hooks_mask_gradients():
 
 
 def test_the_naive_loop_scores_the_same():
-    """Guards a loop that is compared with something else than it computes."""
+    """Guards against a loop that is compared with something else than it computes."""
     model = lora(TINY, RANK, "cpu", init_lora_weights=False).eval()
     batches = sentences(6, 3, "cpu")
     expected = calculate_fisher_information(model, batches, progress=False)
@@ -79,7 +80,7 @@ def test_sentences_are_padded_to_the_longest():
 
 
 def test_base_weights():
-    """Guards a mask that is not half a percent of the linear weights and the head."""
+    """Guards against a mask that is not half a percent of the linear weights and the head."""
     model = masked(TINY, "cpu")
     mask = get_mask(model)
     linear = {name for name in mask if "classifier" not in name}

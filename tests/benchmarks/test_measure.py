@@ -7,7 +7,7 @@ from benchmarks.measure import Rounds, Spread, peak_memory, take_turns
 
 
 def test_contenders_take_turns():
-    """Guards a contender that always runs first, or warm-up that counts."""
+    """Guards against a contender that always runs first, or warm-up that counts."""
     calls = []
     names = ["a", "b", "c"]
     rounds = take_turns({n: lambda n=n: calls.append(n) for n in names}, 3, "cpu", warmup=1)
@@ -18,20 +18,20 @@ def test_contenders_take_turns():
 
 
 def test_ratios_pair_the_rounds():
-    """Guards a ratio of medians, which a machine that slows down would spoil."""
+    """Guards against a ratio of medians, which a machine that slows down would spoil."""
     rounds = Rounds({"a": [1.0, 2.0, 30.0], "b": [2.0, 4.0, 60.0]})
     assert rounds.ratios("a", "b") == [0.5, 0.5, 0.5]
     assert rounds.median("a") == 2.0
 
 
 def test_spread():
-    """Guards quantiles in the wrong order."""
+    """Guards against quantiles in the wrong order."""
     spread = Spread.of([float(i) for i in range(11)])
     assert (spread.low, spread.median, spread.high) == pytest.approx((1.0, 5.0, 9.0))
 
 
 def test_peak_memory_is_exact():
-    """Guards a peak that misses what was freed again, or counts what was there before."""
+    """Guards against a peak that misses what was freed again, or counts what was there before."""
     before = torch.ones(500, 1000)
 
     def run():

@@ -15,7 +15,7 @@ SLOW = {"compiling", "step_with_default_malloc"}
     "case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
 )
 def test_cases_run(case):
-    """Guards a case that only fails after ten minutes, or on an accelerator."""
+    """Guards against a case that only fails after ten minutes, or on an accelerator."""
     rows = list(CASES[case](Setting(tiny=True)))
     assert rows
     for row in rows:
@@ -51,7 +51,7 @@ def test_part_of_the_suite(tmp_path):
     ],
 )
 def test_wrong_arguments(arguments, message):
-    """Guards a part of the suite that overwrites the published results."""
+    """Guards against a part of the suite that overwrites the published results."""
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert message in result.output

@@ -30,7 +30,7 @@ def row(median, low=None, high=None, **goal):
     ],
 )
 def test_verdicts(made, verdict):
-    """Guards a missed goal that passes for one that is met."""
+    """Guards against a missed goal that passes for one that is met."""
     assert made.verdict == made.cells()[-1] == verdict
 
 
@@ -44,7 +44,7 @@ def test_rows_of_rounds():
 
 
 def test_files_and_agreement(tmp_path):
-    """Guards results that do not read back, and a second run that differs unnoticed."""
+    """Guards against results that do not read back, and a second run that differs unnoticed."""
     environment = {"device": "D", "threads": 2, "versions": {"torch": "2"}}
     missed = row(1.2, 1.1, 1.3, at_most=1, rest="what it consists of")
     results = Results(environment, [missed, Row("a count", "", "3", exact(3))])
@@ -61,13 +61,13 @@ def test_files_and_agreement(tmp_path):
 
 
 def test_exact_figures_have_no_spread():
-    """Guards brackets around a count."""
+    """Guards against brackets around a count."""
     assert Row("a", "", "3", exact(3), unit=" MB").cells()[3] == "3.000 MB"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_published_results(path):
-    """Guards a table that was edited by hand, and a missed goal without its reason."""
+    """Guards against a table that was edited by hand, and a missed goal without its reason."""
     results = Results.load(path)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == results.markdown()
     assert all(row.rest for row in results.rows if row.verdict in ("missed", "within spread"))
@@ -75,7 +75,7 @@ def test_published_results(path):
 
 
 def test_the_page_quotes_the_results():
-    """Guards figures in the documentation that no file of results holds."""
+    """Guards against figures in the documentation that no file of results holds."""
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     section = page.partition("## The most important figures\n")[2].partition("\n## ")[0]
     quoted = [line for line in section.splitlines() if line.startswith("| ")]

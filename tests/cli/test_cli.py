@@ -468,7 +468,7 @@ def test_a_launcher_and_ray_are_refused(project, monkeypatch):
 
 
 def test_of_several_processes_one_speaks(project, monkeypatch):
-    """Guards output and files of every command against one copy a process."""
+    """Guards output and files of every command against one copy per process."""
     monkeypatch.setenv("RANK", "1")
     assert invoke("plan", "base_config.yaml").output == ""
     fake_run(monkeypatch, interrupted)

@@ -81,7 +81,7 @@ def test_model(folder):
 
 
 def test_what_is_stored_whole_is_said(folder):
-    """Guards a file that is larger than it need be, without a word."""
+    """Guards against a file that is larger than it need be, without a word."""
     result = invoke("pack", folder / "adapter", folder / "packed")
     assert result.exit_code == 0, result.output
     [count, size] = rows(result.stdout)["frozen, stored"]

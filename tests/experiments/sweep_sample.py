@@ -88,7 +88,7 @@ def make_run(arm, seed, ratio=None, **changes):
 
 
 def make_sweep(seeds=(1, 2, 3), ratios=(1.0,), arms=ARMS, name="quickstart", config=None):
-    """A sweep: the baseline once a seed, the masked arms at every ratio."""
+    """A sweep: the baseline once per seed, the masked arms at every ratio."""
     runs = [
         make_run(arm, seed, ratio if arm != "Original LoRA" else None)
         for position, ratio in enumerate(ratios)
@@ -103,7 +103,7 @@ def make_sweep(seeds=(1, 2, 3), ratios=(1.0,), arms=ARMS, name="quickstart", con
 def failed_run(
     arm="LoRA-FISH", seed=9, error="ValueError: training diverged", ratio=None, **changes
 ):
-    """A run of which nothing is known but its error."""
+    """A run of which only the error is known."""
     return Run(
         run_id=f"{arm}-{seed}",
         arm=arm,

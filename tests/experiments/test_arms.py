@@ -9,7 +9,7 @@ from tests.experiments.tiny_experiment import ALL_ARMS, experiment
 
 
 def test_the_plan(tmp_path):
-    """Guards the order, and that arms without a budget run once a seed."""
+    """Guards the order, and that arms without a budget run once per seed."""
     config = experiment(
         tmp_path,
         tmp_path,

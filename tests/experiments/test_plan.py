@@ -181,7 +181,7 @@ def test_unknown_number_of_labels(tmp_path, monkeypatch):
 
 
 def test_bound_where_examples_are_not_counted(tmp_path):
-    """Guards a bound that is shown as if it were the number."""
+    """Guards against a bound that is shown as if it were the number."""
     text = "dataset: {load_args: [imdb], max_train_samples: 100}"
     result = CliRunner().invoke(main, ["plan", str(written(tmp_path, text))])
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]

@@ -11,7 +11,7 @@ from tests.experiments.sweep_sample import make_sweep
 
 
 def test_results_come_back_as_written(tmp_path):
-    """Guards a value that JSON changes, one that is not a number among them."""
+    """Guards against a value that JSON changes, one that is not a number among them."""
     results = make_sweep()
     diverged = results.runs[0].model_copy(update={"metrics": {"accuracy": math.inf}})
     results = results.model_copy(update={"runs": [diverged, *results.runs[1:]]})
@@ -33,7 +33,7 @@ def test_results_come_back_as_written(tmp_path):
     ],
 )
 def test_damaged_files_are_refused(tmp_path, content, message):
-    """Guards a traceback, or half a sweep, from a file that was cut short or is foreign."""
+    """Guards against a traceback, or half a sweep, from a file that was cut short or is foreign."""
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")

@@ -17,7 +17,7 @@ def lines(**options):
 
 
 def test_markdown():
-    """Guards cells that a bar splits, and the alignment of numbers."""
+    """Guards against cells that a bar splits, and numbers that are not aligned."""
     assert TABLE.markdown().splitlines() == [
         "| name | n |",
         "| --- | ---: |",
@@ -31,13 +31,14 @@ def test_markdown():
 
 
 def test_markdown_text():
-    """Guards markup and line breaks in names from files, and names that need no escape."""
+    """Guards against markup and line breaks in names from files, and names that need no escape."""
     assert markdown_text("a\n_b_ <i>`#1`") == "a \\_b\\_ &lt;i&gt;\\`\\#1\\`"
     assert markdown_text("LoRA-FISH r=8 (eval_loss)") == "LoRA-FISH r=8 (eval_loss)"
 
 
 def test_terminal():
-    """Guards names that the terminal takes for colors, and a total that looks like any row."""
+    """Guards against names that the terminal takes for colors, and a total that looks like any
+    row."""
     plain = lines()
     assert any("[red]c" in line for line in plain)
     framed = lines(total=True)

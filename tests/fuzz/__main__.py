@@ -49,7 +49,7 @@ def fuzz(fuzzer: Fuzzer, seconds: float) -> tuple[int, int, float]:
 
 
 def main(seconds: float) -> int:
-    """Fuzzes and prints; returns the number of crashes."""
+    """Fuzzes, prints the outcome, and returns the number of crashes."""
     logging.disable()
     total = 0
     for name, fuzzer in FUZZERS.items():

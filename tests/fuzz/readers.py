@@ -1,4 +1,4 @@
-"""Inputs for the readers of files that nobody vouches for, and what a reader may do with them.
+"""Inputs for the readers of untrusted files, and what a reader may do with them.
 
 A reader either raises its own error, which names the file, or returns something sound. Inputs are
 sound files with bytes or values changed, and for YAML also text put together from its own pieces.

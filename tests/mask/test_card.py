@@ -90,7 +90,7 @@ def test_saving_again_replaces_the_section(tmp_path):
 
 
 def test_what_the_card_says_already_stays(tmp_path):
-    """Guards the words, metadata and tags of whoever wrote the card."""
+    """Guards the text, metadata and tags of the card's author."""
     card = "---\nlicense: mit\ntags:\n- ours\n---\n\n# Our model\n\nIt swims.\n"
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     for _ in range(2):
@@ -116,7 +116,7 @@ def test_a_card_that_cannot_be_read_is_left_alone(metadata, tmp_path, caplog):
 
 
 def test_a_models_own_weights(tmp_path):
-    """Guards a card where nobody else writes one, without PEFT in how to load it."""
+    """Guards the card when nothing else writes one, without PEFT in its loading code."""
     model = apply_mask(tiny_bert(), {"classifier.bias": torch.tensor([True, False, True])})
     model.save_pretrained(tmp_path)
     card = load(tmp_path)
@@ -127,7 +127,7 @@ def test_a_models_own_weights(tmp_path):
 
 
 class Uploads:
-    """Stands for the hub: keeps the text of what would be uploaded."""
+    """Replaces the hub: keeps the text of what would be uploaded."""
 
     def __init__(self):
         self.files, self.messages = {}, []
@@ -277,7 +277,7 @@ def test_uploads_while_training(kind, uploads, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trainer_that_saves_keeps_the_users_card(kind, tmp_path):
-    """Guards the words of whoever described the model in the folder before it is saved there."""
+    """Guards a model description that is in the folder before the model is saved there."""
     trainer = trainer_of(kind, tmp_path / "output")
     folder = tmp_path / "saved"
     folder.mkdir()

@@ -27,7 +27,7 @@ def record(folder):
 
 
 def test_round_trip(mask, folder):
-    """Guards lost bits, shapes, order or provenance, and leftovers beside the two files."""
+    """Guards against lost bits, shapes, order or provenance, and leftovers beside the two files."""
     loaded = FishMask.from_pretrained(folder)
     assert loaded == mask and list(loaded) == list(mask)
     assert loaded.provenance == mask.provenance
@@ -51,7 +51,8 @@ def test_files_as_documented(folder):
 
 
 def test_size_on_disk(tmp_path):
-    """Guards a mask file that takes more than 1.05 bits an entry, BERT-base q/k/v at rank 16."""
+    """Guards against a mask file that takes more than 1.05 bits per entry, BERT-base q/k/v at rank
+    16."""
     shapes = [(16, 768), (768, 16)] * 36
     mask = FishMask({f"t{i}": torch.rand(shape) < 0.5 for i, shape in enumerate(shapes)})
     mask.save_pretrained(tmp_path)
@@ -60,7 +61,8 @@ def test_size_on_disk(tmp_path):
 
 
 def test_a_failed_save_keeps_the_earlier_mask(mask, folder, monkeypatch):
-    """Guards a half-written file in place of a good one, and temporary files left behind."""
+    """Guards against a half-written file in place of a good one, and temporary files left
+    behind."""
 
     def fail(source, target):
         raise OSError("no space left")
@@ -73,7 +75,7 @@ def test_a_failed_save_keeps_the_earlier_mask(mask, folder, monkeypatch):
 
 
 def test_a_save_cut_between_the_files_is_noticed(mask, folder, monkeypatch):
-    """Guards new bits that are read under the old record of a mask of the same shapes."""
+    """Guards against new bits that are read under the old record of a mask of the same shapes."""
     replace = os.replace
 
     def cut(source, target):
@@ -90,14 +92,14 @@ def test_a_save_cut_between_the_files_is_noticed(mask, folder, monkeypatch):
 
 @pytest.mark.parametrize("filename", [BITS_FILE, JSON_FILE])
 def test_missing_file(folder, filename):
-    """Guards an error that does not say which of the two files is missing."""
+    """Guards against an error that does not say which of the two files is missing."""
     (folder / filename).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{filename} does not exist: .* FishMask\.save"):
         FishMask.from_pretrained(folder)
 
 
 def test_damaged_bits(folder):
-    """Guards a flipped bit, a cut file, a file of something else."""
+    """Guards against a flipped bit, a cut file, a file of something else."""
     path = folder / BITS_FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x80]))
@@ -120,7 +122,7 @@ def test_damaged_bits(folder):
     ],
 )
 def test_other_bits(folder, tensors, match):
-    """Guards a safetensors file that is sound, but is not this mask's."""
+    """Guards against a safetensors file that is sound, but is not this mask's."""
     safetensors.torch.save_file(tensors, folder / BITS_FILE)
     with pytest.raises(ValueError, match=rf"{BITS_FILE} cannot be used: .*{match}"):
         FishMask.from_pretrained(folder)
@@ -128,14 +130,14 @@ def test_other_bits(folder, tensors, match):
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 10**5, b"9" * 10**4])
 def test_not_json(folder, text):
-    """Guards JSON's own errors, which name no file."""
+    """Guards against JSON's own errors, which name no file."""
     (folder / JSON_FILE).write_bytes(text)
     with pytest.raises(ValueError, match=rf"{JSON_FILE} cannot be used: it is not JSON"):
         FishMask.from_pretrained(folder)
 
 
 def test_json_of_another_kind(folder):
-    """Guards an AttributeError on a list."""
+    """Guards against an AttributeError on a list."""
     (folder / JSON_FILE).write_text("[1]")
     with pytest.raises(ValueError, match="does not hold a JSON object"):
         FishMask.from_pretrained(folder)
@@ -143,7 +145,7 @@ def test_json_of_another_kind(folder):
 
 @pytest.mark.parametrize("version", [2, None, "1"])
 def test_other_version(folder, version):
-    """Guards a future format read as if it were this one."""
+    """Guards against a future format read as if it were this one."""
     edit(folder, format_version=version)
     with pytest.raises(ValueError, match=rf"{JSON_FILE} has format_version {version!r}"):
         FishMask.from_pretrained(folder)
@@ -161,7 +163,7 @@ def test_other_version(folder, version):
     ],
 )
 def test_wrong_types(folder, key, value):
-    """Guards a TypeError from deep inside."""
+    """Guards against a TypeError from deep inside."""
     edit(folder, **{key: value})
     with pytest.raises(
         ValueError,
@@ -184,7 +186,7 @@ def test_wrong_types(folder, key, value):
     ],
 )
 def test_wrong_tensor_entries(folder, change):
-    """Guards an entry that is no tensor, or one that torch cannot hold."""
+    """Guards against an entry that is no tensor, or one that torch cannot hold."""
     tensors = record(folder)["tensors"]
     tensors[1] |= change
     edit(folder, tensors=tensors)
@@ -193,14 +195,14 @@ def test_wrong_tensor_entries(folder, change):
 
 
 def test_tensor_entry_that_is_no_object(folder):
-    """Guards a string indexed by a string."""
+    """Guards against a string indexed by a string."""
     edit(folder, tensors=["a"])
     with pytest.raises(ValueError, match=r"it is wrong at tensors\.0: Input should be a"):
         FishMask.from_pretrained(folder)
 
 
 def test_huge_shape_is_refused_before_it_is_allocated(folder):
-    """Guards a record that asks for more memory than there is."""
+    """Guards against a record that asks for more memory than there is."""
     tensors = record(folder)["tensors"]
     tensors[0]["shape"] = [2**31, 2**31]
     edit(folder, tensors=tensors)
@@ -209,7 +211,7 @@ def test_huge_shape_is_refused_before_it_is_allocated(folder):
 
 
 def test_no_tensors(folder):
-    """Guards an empty record, which matches empty bits."""
+    """Guards against an empty record, which matches empty bits."""
     empty = torch.zeros(0, dtype=torch.uint8)
     safetensors.torch.save_file({"bits": empty}, folder / BITS_FILE)
     sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -219,7 +221,8 @@ def test_no_tensors(folder):
 
 
 def test_counts_are_checked(folder):
-    """Guards a record whose counts are not those of the bits, or that lists a name twice."""
+    """Guards against a record whose counts are not those of the bits, or that lists a name
+    twice."""
     tensors = record(folder)["tensors"]
     tensors[0]["num_selected"] += 1
     edit(folder, tensors=tensors)
@@ -234,14 +237,14 @@ def test_counts_are_checked(folder):
 
 @pytest.mark.parametrize("key", ["num_trainable", "num_entries"])
 def test_totals_are_checked(folder, key):
-    """Guards a total that was edited by hand."""
+    """Guards against a total that was edited by hand."""
     edit(folder, **{key: 50})
     with pytest.raises(ValueError, match=rf"{JSON_FILE} .* {key} of its tensors is \d+, not 50"):
         FishMask.from_pretrained(folder)
 
 
 def test_swapped_shapes(folder):
-    """Guards shapes that need as many bytes as there are, but other bits."""
+    """Guards against shapes that need as many bytes as there are, but other bits."""
     tensors = record(folder)["tensors"]
     tensors[0]["shape"], tensors[2]["shape"] = [4, 4], [2, 3]
     edit(folder, tensors=tensors)
@@ -268,7 +271,7 @@ def test_from_the_hub(mask, folder, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("offline"), ValueError("bad repo id")])
 def test_neither_a_folder_nor_on_the_hub(monkeypatch, error):
-    """Guards the hub's errors shown to someone who mistyped a folder."""
+    """Guards against the hub's errors shown to someone who mistyped a folder."""
 
     def download(*args, **kwargs):
         raise error

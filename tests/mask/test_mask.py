@@ -9,7 +9,8 @@ PREFIX = "base_model.model."
 
 
 def test_mapping_and_counts(mask):
-    """Guards counts that leave out tensors left dense, and an order that is not the given one."""
+    """Guards against counts that leave out tensors left dense, and an order that is not the given
+    one."""
     assert len(mask) == 6 and next(iter(mask)).endswith("lora_B.default.weight")
     assert mask.num_entries == 15 + 15 + 8 + 0 + 1 + 12
     assert mask.num_trainable == sum(sum(t.flatten().tolist()) for t in mask.values())
@@ -37,20 +38,20 @@ def test_zeros_and_ones_of_any_dtype(dtype):
     ],
 )
 def test_not_a_mask(tensors, match):
-    """Guards scores or other values taken for a mask."""
+    """Guards against scores or other values taken for a mask."""
     with pytest.raises(ValueError, match=match):
         FishMask(tensors)
 
 
 @pytest.mark.parametrize("provenance", [{"a": torch.ones(1)}, {"a": float("nan")}])
 def test_provenance_must_fit_in_json(provenance):
-    """Guards a mask that cannot be saved after hours of training."""
+    """Guards against a mask that cannot be saved after hours of training."""
     with pytest.raises(ValueError, match="provenance of a FishMask must fit in JSON"):
         FishMask({"a": torch.ones(1)}, provenance=provenance)
 
 
 def test_equality():
-    """Guards an equality that misses a name, a shape or a bit."""
+    """Guards against an equality that misses a name, a shape or a bit."""
     bits = torch.tensor([True, False, True, False])
     mask = FishMask({"a": bits, "b": bits})
     assert mask == FishMask({"b": bits.float(), "a": bits.clone()}, provenance={"x": 1})
@@ -62,7 +63,7 @@ def test_equality():
 
 
 def test_summary():
-    """Guards a summary with wrong sums, split layers or ragged columns."""
+    """Guards against a summary with wrong sums, split layers or ragged columns."""
     mask = FishMask(
         {
             PREFIX + "bert.encoder.layer.0.query.lora_A.w": torch.arange(2000) < 1500,
@@ -90,7 +91,7 @@ def test_summary():
 
 
 def test_summary_of_a_lone_tensor():
-    """Guards a common prefix that swallows the name, and a division by no entries."""
+    """Guards against a common prefix that swallows the name, and a division by no entries."""
     mask = FishMask({"score.weight": torch.ones(0)})
     assert mask.density == 0
     lines = mask.summary().splitlines()

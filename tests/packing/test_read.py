@@ -57,7 +57,8 @@ def test_adapter_from_its_start(base, adapter, tmp_path):
 
 
 def test_load_packed_adapter(base, adapter, tmp_path):
-    """Guards an adapter that loads as other numbers than its folder, or without its options."""
+    """Guards against an adapter that loads as other numbers than its folder, or without its
+    options."""
     pack(adapter, tmp_path / "packed", seed=3)
     models = load_base(base), load_base(base)
     shutil.rmtree(base)  # The model that is passed is enough.
@@ -96,7 +97,8 @@ def test_weights_of_the_model_itself(base, tmp_path, dtype):
 
 
 def test_tied_weights(tmp_path):
-    """Guards a tensor that files hold under one of its names, taken for one that is missing."""
+    """Guards against a tensor that files hold under one of its names, taken for one that is
+    missing."""
     torch.manual_seed(0)
     model, before = tiny_gpt2(), tiny_gpt2()
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -112,7 +114,7 @@ def test_tied_weights(tmp_path):
 
 
 def test_load_packed_onto_another_model(base, tmp_path):
-    """Guards a model that is half overwritten before the mistake is noticed."""
+    """Guards against a model that is half overwritten before the mistake is noticed."""
     folder = fine_tuned(base, tmp_path / "model")
     pack(folder, tmp_path / "packed", start=base)
     bigger = tiny_bert(num_hidden_layers=4)
@@ -145,7 +147,7 @@ def test_load_packed_onto_another_model(base, tmp_path):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_round_trip_of_any_numbers(tmp_path_factory, tensors, seed):
-    """Guards shapes, types, densities and bit patterns that come back as something else."""
+    """Guards against shapes, types, densities and bit patterns that come back as something else."""
     folder = tmp_path_factory.mktemp("any")
     rng = np.random.default_rng(seed)
     saved, masks, start = {}, {"not in the file": torch.ones(3)}, {}
@@ -175,7 +177,8 @@ def test_round_trip_of_any_numbers(tmp_path_factory, tensors, seed):
 
 
 def test_a_seed_that_draws_other_numbers(adapter, base, tmp_path, monkeypatch):
-    """Guards another torch or PEFT, or another base model, that rebuilds another adapter."""
+    """Guards against another torch or PEFT, or another base model, that rebuilds another
+    adapter."""
     file = tmp_path / "packed"
     pack(adapter, file, seed=3)
     before = listing(tmp_path)
@@ -232,7 +235,7 @@ def test_existing_targets(small, tmp_path):
 
 
 def test_a_failed_unpack_leaves_nothing(small, tmp_path, monkeypatch):
-    """Guards half of a folder that looks like an adapter."""
+    """Guards against half of a folder that looks like an adapter."""
 
     def fail(source, target):
         raise OSError("no space left")

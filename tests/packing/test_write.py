@@ -103,7 +103,8 @@ def test_other_models_and_methods(tmp_path, build, config):
 
 
 def test_without_a_start_all_is_stored(adapter, tmp_path, caplog):
-    """Guards frozen entries that are lost, or kept without a word, where nothing gives them."""
+    """Guards against frozen entries that are lost, or kept without a word, where nothing gives
+    them."""
     for options in ({}, {"seed": 4}):
         caplog.clear()
         report = pack(adapter, tmp_path / "packed", **options)
@@ -140,14 +141,14 @@ def test_size(tmp_path):
 
 @pytest.mark.parametrize("text", ["[1]", "{", "null", "[" * 10**5])
 def test_damaged_adapter_config(adapter, tmp_path, text):
-    """Guards an AttributeError or a RecursionError from deep inside."""
+    """Guards against an AttributeError or a RecursionError from deep inside."""
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"adapter_config\.json is not a JSON object"):
         pack(adapter, tmp_path / "packed", seed=3)
 
 
 def test_folders_that_cannot_be_packed(small, tmp_path):
-    """Guards a late or unclear error over what is in the folder, and files left behind."""
+    """Guards against a late or unclear error over what is in the folder, and files left behind."""
     tensors = safetensors.torch.load_file(small / "saved" / "model.safetensors")
     mask = FishMask.from_pretrained(small / "saved")
 

@@ -608,7 +608,7 @@ def test_perturbed_b_estimates_the_full_weights_column_norms(target, statistic, 
     (zero,) = [name for name, score in start.items() if score.any()]
     (other,) = [name for name, score in start.items() if not score.any()]
     assert "lora_B" in zero if target == "lin" else "lora_embedding_A" in zero
-    # RANK * SEEDS independent chi-squared numbers a column, of one degree of freedom at worst.
+    # RANK * SEEDS independent chi-squared numbers per column, of one degree of freedom at worst.
     estimate = total[other].mean(0 if target == "lin" else 1)
     bound = 5 * (2 / (RANK * SEEDS)) ** 0.5
     torch.testing.assert_close(estimate, expected, rtol=bound, atol=1e-12)

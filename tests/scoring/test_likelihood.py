@@ -41,7 +41,7 @@ def some_ignored(labels, generator):
 @quick
 @given(SHAPES)
 def test_single_label_is_torchs_cross_entropy(shape):
-    """Guards the value and its scale, one value an example."""
+    """Guards the value and its scale, one value per example."""
     b, _, classes, seed = shape
     g = seeded(seed)
     logits, labels = normal(g, b, classes), torch.randint(0, classes, (b,), generator=g)

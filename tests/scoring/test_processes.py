@@ -116,7 +116,7 @@ def prepared(loader, **config):
 
 
 def loader_of(kind, examples):
-    """A loader of 4 examples a batch, divided among the processes as `kind` says."""
+    """A loader of 4 examples per batch, divided among the processes as `kind` says."""
     settings = {"batch_size": 4, "collate_fn": pad}
     plain = DataLoader(examples, shuffle=True, **settings)
     stream = DataLoader(Stream(examples), **settings)

@@ -109,7 +109,8 @@ def test_every_k_matches_a_stable_sort(pool, chunk):
 @settings(max_examples=60, deadline=None)
 @given(pools(), st.sampled_from(SCOPES))
 def test_every_scope_selects_exactly_k_and_the_best_of_each_group(pool, scope):
-    """Guards shares that do not add up to k, overfill a tensor, or are not filled with the best."""
+    """Guards against shares that do not add up to k, overfill a tensor, or are not filled with the
+    best."""
     n = sum(scores.numel() for scores in pool.values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection.logger, "disabled", True)
@@ -130,7 +131,7 @@ def test_every_scope_selects_exactly_k_and_the_best_of_each_group(pool, scope):
 
 
 def test_order_of_the_mapping_does_not_matter():
-    """Guards ties broken by insertion order: the same scores would give different masks."""
+    """Guards against ties broken by insertion order: the same scores would give different masks."""
     scores = {name: torch.zeros(5) for name in ("b", "c", "a")}
     mask = create_mask_from_fisher(scores, num_trainable=7)
     turned = create_mask_from_fisher(dict(reversed(scores.items())), num_trainable=7)
@@ -139,7 +140,7 @@ def test_order_of_the_mapping_does_not_matter():
 
 
 def test_float64_is_ranked_exactly():
-    """Guards scores rounded to float32: these would tie."""
+    """Guards against scores rounded to float32: these would tie."""
     scores = {"a": torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12], dtype=torch.float64)}
     assert create_mask_from_fisher(scores, num_trainable=1)["a"].tolist() == [False, False, True]
 
@@ -156,7 +157,7 @@ def test_a_pool_larger_than_a_chunk(monkeypatch):
 
 
 def test_bert_base_counts():
-    """Guards the published miscount: 886,274 trained where 443,906 were asked for."""
+    """Guards against the published miscount: 886,274 trained where 443,906 were asked for."""
     modules = dict.fromkeys(("query", "key", "value"), (768, 768))
     scores = at_lora_start(lora(12, modules, 16, head(768)))
     mask = create_mask_from_fisher(
@@ -196,7 +197,8 @@ def test_bert_tiny_counts(rank, total, scope):
 
 
 def test_keep_ratio_is_of_the_pool():
-    """Guards the published mix-up: the ratio with the head in, applied with the head out."""
+    """Guards against the published mix-up: the ratio with the head in, applied with the head
+    out."""
     scores = {"head.weight": torch.ones(50), "a": torch.rand(60), "b": torch.rand(40)}
     mask = create_mask_from_fisher(scores, 0.25, ["^head"])
     assert mask.num_trainable == 50 + 25
@@ -207,7 +209,7 @@ def test_keep_ratio_is_of_the_pool():
 
 
 def test_zero_ties_are_reported(caplog):
-    """Guards a choice among scores that say nothing, made in silence."""
+    """Guards against a choice among scores that say nothing, made in silence."""
     scores = {"m.lora_A.w": torch.zeros(10), "m.lora_B.w": torch.ones(4)}
     with caplog.at_level(logging.WARNING, "fish_tuning.selection.select"):
         mask = create_mask_from_fisher(scores, num_trainable=7)
@@ -231,7 +233,7 @@ def test_other_ties_are_reported(caplog):
 
 
 def test_no_report_where_scores_decide(caplog):
-    """Guards false alarms: ties that are taken whole leave nothing to position."""
+    """Guards against false alarms: ties that are taken whole leave nothing to position."""
     with caplog.at_level(logging.INFO, "fish_tuning.selection.select"):
         create_mask_from_fisher({"a": torch.zeros(10), "b": torch.ones(4)}, num_trainable=4)
         create_mask_from_fisher({"a": torch.zeros(10)}, keep_ratio=1.0)
@@ -241,14 +243,14 @@ def test_no_report_where_scores_decide(caplog):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("exclude", [None, "bad"])
 def test_non_finite_scores(value, exclude):
-    """Guards NaN that ranks above everything, also in a tensor that is left dense."""
+    """Guards against NaN that ranks above everything, also in a tensor that is left dense."""
     scores = {"good": torch.rand(3), "bad.weight": torch.tensor([1.0, value, value])}
     with pytest.raises(ValueError, match=r"NaN or infinite .* bad.weight \(2 of 3\)\. "):
         create_mask_from_fisher(scores, 0.5, exclude)
 
 
 def test_many_non_finite_tensors_are_summed_up():
-    """Guards an error message of a thousand names."""
+    """Guards against an error message of a thousand names."""
     scores = {f"t{i}": torch.full((2,), math.nan) for i in range(7)}
     with pytest.raises(ValueError, match=r"t4 \(2 of 2\) and 2 more tensors"):
         create_mask_from_fisher(scores, 0.5)
@@ -282,7 +284,7 @@ def test_an_empty_tensor_and_a_scalar_in_the_pool():
 
 
 def test_provenance_says_how_the_mask_was_made():
-    """Guards a mask file from which nobody can tell how to make it again."""
+    """Guards against a mask file from which nobody can tell how to make it again."""
     scores = {"a": torch.arange(4.0), "head": torch.ones(1)}
     mask = create_mask_from_fisher(
         scores, np.float32(0.5), ["head"], scope="per_tensor", provenance={"criterion": "fisher"}

@@ -197,7 +197,7 @@ def test_digest(tmp_path):
 
 
 def test_digest_does_not_depend_on_the_process(tmp_path):
-    """Guards against Python's randomised hash in the digest."""
+    """Guards against Python's randomized hash in the digest."""
     path = written(tmp_path)
     code = "import sys; from fish_tuning.experiments.config.load import load_config as l; "
     code += "print(l(sys.argv[1]).digest(), 'torch' in sys.modules, 'transformers' in sys.modules)"

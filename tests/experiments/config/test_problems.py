@@ -113,7 +113,7 @@ def test_bad_values(tmp_path, text, message):
 
 
 def test_all_problems_at_once(tmp_path):
-    """Guards against a user who mends a file one message at a time."""
+    """Guards against a user who fixes a file one message at a time."""
     written(tmp_path, MINIMAL, "base_config.yaml")
     texts = ["lora: {baseline_rank: 0, rank: 3}", "seeds: [1, 1]", "modle: 1"]
     texts += ["training: {args_override: {seed: 1, learning_rat: 2}}", "dataset: {metric: bleu}"]

@@ -21,13 +21,13 @@ WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "h
 
 
 def sentence(topic: str, number: int) -> str:
-    """Return a sentence that differs from every other in words, not only in digits."""
+    """Return a sentence that differs from all others in words, not only in digits."""
     first, second, third = (WORDS[number // 9**place % 9] for place in range(3))
     return f"Compute the {topic} of the {first} beside the {second} and the {third}."
 
 
 def write_package(folder: Path, name: str, docstrings: list[str], extra: str = "") -> None:
-    """Write a package that fails when imported, one function a docstring."""
+    """Write a package that fails when imported, one function per docstring."""
     package = folder / name
     package.mkdir(parents=True, exist_ok=True)
     body = "".join(f'def f{i}():\n    """{text}"""\n\n\n' for i, text in enumerate(docstrings))

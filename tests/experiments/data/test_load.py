@@ -12,7 +12,7 @@ from tests.experiments.data.local_data import load, rows, write
 
 
 def test_held_out_share(tmp_path):
-    """Guards the made validation split: stratified, disjoint, complete, and always the same."""
+    """Guards the held-out validation split: stratified, disjoint, complete, and always the same."""
     lines = ["text\tlabel", *(f"text {i} here\t{int(i % 5 == 0)}" for i in range(100))]
     path = write(tmp_path / "a.tsv", "\n".join(lines))
     data = load(path, validation_fraction=0.2)

@@ -26,7 +26,7 @@ def test_saved_dataset(tmp_path, as_dict):
 
 
 def test_mapping_of_splits(tmp_path):
-    """Guards splits under names and endings of one's own."""
+    """Guards splits with custom names and file extensions."""
     a = write(tmp_path / "a.txt", "a b,0\nc d,1\n")
     b = write(tmp_path / "b.txt", "e f,1\n")
     config = DatasetConfig(

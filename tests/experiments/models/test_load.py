@@ -41,7 +41,7 @@ def test_a_decoder_without_a_pad_token(tmp_path):
 
 
 def test_an_overridden_pad_token_is_the_tokenizers_too(tmp_path):
-    """Guards a pad token that the model knows and the batches do not have."""
+    """Guards against a pad token that the model knows and the batches do not have."""
     config = ModelConfig(name=str(write_llama(tmp_path)), config_overrides={"pad_token_id": 0})
     tokenizer = load_tokenizer(config)
     assert tokenizer.pad_token == "[PAD]"

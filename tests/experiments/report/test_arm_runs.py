@@ -7,7 +7,7 @@ from tests.experiments.sweep_sample import failed_run, make_run, make_sweep
 
 
 def test_groups_by_arm_and_budget():
-    """Guards runs of two budgets in one mean, and labels that do not tell them apart."""
+    """Guards against runs of two budgets in one mean, and labels that do not tell them apart."""
     groups = group_runs(make_sweep(seeds=(1, 2), ratios=(1.0, 0.25)).runs)
     assert [group.label for group in groups] == [
         "Original LoRA",
@@ -23,7 +23,7 @@ def test_groups_by_arm_and_budget():
 
 
 def test_values_by_seed_leave_out_failed_and_missing():
-    """Guards a failed run, a metric that is not there and nan in a mean."""
+    """Guards against a failed run, a metric that is not there and nan in a mean."""
     runs = [
         make_run("LoRA-FISH", 1, metrics={"accuracy": 0.5}),
         make_run("LoRA-FISH", 2, metrics={}),
@@ -35,7 +35,7 @@ def test_values_by_seed_leave_out_failed_and_missing():
 
 
 def test_baseline_of_the_same_budget_first():
-    """Guards a masked arm at a quarter compared with the wrong one of two baselines."""
+    """Guards against a masked arm at a quarter compared with the wrong one of two baselines."""
     both = [make_run("Original LoRA", 1, ratio) for ratio in (1.0, 0.25)]
     groups = group_runs([*both, make_run("LoRA-FISH", 1, 0.25), make_run("LoRA-FISH", 1, 0.5)])
     assert baseline_of(groups[2], groups, "Original LoRA") is groups[1]

@@ -22,7 +22,8 @@ def heatmap(axes):
 
 
 def test_density_by_layer_and_module():
-    """Guards cells in the wrong row, column or panel, and seeds that overwrite each other."""
+    """Guards against cells in the wrong row, column or panel, and seeds that overwrite each
+    other."""
     name = "base_model.model.bert.encoder.layer.{}.{}.lora_{}.default.weight"
     tensors = [
         TensorDensity(name=name.format(10, "attention.self.query", "A"), selected=1, entries=10),
@@ -46,7 +47,8 @@ def test_density_by_layer_and_module():
 
 
 def test_mask_figure_counts_the_mask():
-    """Guards a picture of anything but the mask: of a model's own weights here, no adapter."""
+    """Guards against a picture of anything but the mask: of a model's own weights here, no
+    adapter."""
     tensor = torch.zeros(4, 5, dtype=torch.bool)
     tensor[0, :3] = True
     mask = FishMask({"layers.0.fc.weight": tensor, "layers.1.fc.weight": ~tensor})
@@ -56,7 +58,8 @@ def test_mask_figure_counts_the_mask():
 
 @pytest.mark.parametrize("ending", ["png", "svg", "PNG"])
 def test_mask_pictures(tmp_path, ending):
-    """Guards files that are not what their ending says, that differ, or that are left half."""
+    """Guards against files that are not what their ending says, that differ, or that are left
+    half."""
     mask = FishMask({"layers.0.lora_A.weight": torch.eye(3).bool()})
     paths = [tmp_path / "new" / f"{name}.{ending}" for name in "ab"]
     for path in paths:
@@ -70,7 +73,7 @@ def test_mask_pictures(tmp_path, ending):
 
 
 def test_mask_pictures_of_other_endings_are_refused(tmp_path):
-    """Guards a PDF called .jpg, and an error that does not name the remedy."""
+    """Guards against a PDF called .jpg, and an error that does not name the remedy."""
     mask = FishMask({"x": torch.ones(2).bool()})
     with pytest.raises(ValueError, match=r"a \.png or \.svg file, and '.*x\.jpg' is neither"):
         save_mask_picture(mask, tmp_path / "x.jpg")

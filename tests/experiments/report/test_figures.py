@@ -29,7 +29,7 @@ def groups_of(**changes):
 
 
 def test_metric_by_arm_has_every_dot_and_the_mean():
-    """Guards a seed that is not drawn, and a line that is not at the mean."""
+    """Guards against a seed that is not drawn, and a line that is not at the mean."""
     groups = groups_of()
     (axes,) = metric_by_arm(groups, "accuracy").axes
     lines = axes.get_lines()
@@ -42,7 +42,7 @@ def test_metric_by_arm_has_every_dot_and_the_mean():
 
 
 def test_curves_have_a_line_a_seed_and_their_mean():
-    """Guards curves averaged over unlike steps, a seed that is missing, and failed ones."""
+    """Guards against curves averaged over unlike steps, a seed that is missing, and failed ones."""
     runs = [
         make_run("LoRA-FISH", 1, train_curve=[{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]),
         make_run(
@@ -68,7 +68,7 @@ def test_curves_have_a_line_a_seed_and_their_mean():
 
 
 def test_long_curves_are_averaged_down():
-    """Guards reports of many megabytes, and a curve thinned by dropping its end."""
+    """Guards against reports of many megabytes, and a curve thinned by dropping its end."""
     curve = [{"step": step, "loss": float(step % 2)} for step in range(1, 10_001)]
     (axes,) = training_loss(group_runs([make_run("LoRA-FISH", 1, train_curve=curve)])).axes
     (line,) = axes.get_lines()
@@ -78,7 +78,7 @@ def test_long_curves_are_averaged_down():
 
 
 def test_trade_off_only_with_several_budgets():
-    """Guards a figure of one point an arm, and counts in the wrong place."""
+    """Guards against a figure of one point per arm, and counts in the wrong place."""
     assert trade_off(groups_of(), "accuracy") is None
     groups = groups_of(ratios=(0.1, 1.0))
     (axes,) = trade_off(groups, "accuracy").axes
@@ -93,7 +93,7 @@ def test_trade_off_only_with_several_budgets():
 
 
 def test_score_distribution_names_zeros_and_takes_empty_bins():
-    """Guards hidden zeros, and a crash where all scores of a kind are 0."""
+    """Guards against hidden zeros, and a crash where all scores of a kind are 0."""
     histograms = [
         ScoreHistogram(kind="lora_A", zeros=30, log10_edges=[], counts=[]),
         ScoreHistogram(kind="lora_B", zeros=1, log10_edges=[-3.0, -2.0, -1.0], counts=[5, 2]),
@@ -105,7 +105,7 @@ def test_score_distribution_names_zeros_and_takes_empty_bins():
 
 
 def test_no_figure_without_data():
-    """Guards empty frames in the report, and crashes on runs that recorded nothing."""
+    """Guards against empty frames in the report, and crashes on runs that recorded nothing."""
     groups = group_runs([failed_run()])
     assert metric_by_arm(groups, "accuracy") is None
     assert training_loss(groups) is None

@@ -6,7 +6,7 @@ from tests.experiments.sweep_sample import make_sweep
 
 
 def test_lower_is_better_is_said():
-    """Guards a reader who takes the largest error for the best arm."""
+    """Guards against a reader who takes the largest error for the best arm."""
     sweep = make_sweep()
     runs = [
         r.model_copy(update={"main_metric": "mse", "metrics": {"mse": 0.5}}) for r in sweep.runs

@@ -63,7 +63,8 @@ def evil_sweep():
 
 
 def test_html_escapes_what_comes_from_files(tmp_path):
-    """Guards script, markup and attributes from names, errors, paths, metrics and configs."""
+    """Guards against script, markup and attributes from names, errors, paths, metrics and
+    configs."""
     write_report([evil_sweep(), make_sweep(seeds=(1,))], tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags
@@ -74,7 +75,7 @@ def test_html_escapes_what_comes_from_files(tmp_path):
 
 
 def test_markdown_escapes_what_comes_from_files(tmp_path):
-    """Guards markup, links and table cells from names and errors."""
+    """Guards against markup, links and table cells from names and errors."""
     write_report(evil_sweep(), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<script" not in text
@@ -85,7 +86,7 @@ def test_markdown_escapes_what_comes_from_files(tmp_path):
 
 
 def test_html_needs_nothing_else(tmp_path):
-    """Guards a page that loads a font, a picture, a style sheet or a script."""
+    """Guards against a page that loads a font, a picture, a style sheet or a script."""
     write_report(make_sweep(ratios=(1.0, 0.25)), tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:", re.sub(r'xmlns(:\w+)?="[^"]*"', "", html))
@@ -97,7 +98,7 @@ def test_html_needs_nothing_else(tmp_path):
 
 
 def test_several_sweeps_have_a_section_each(tmp_path):
-    """Guards sweeps of one name that end up as one, and links that lead nowhere."""
+    """Guards against sweeps of one name that end up as one, and links that lead nowhere."""
     paths = write_report([make_sweep(name="twin"), make_sweep(name="twin", seeds=(1,))], tmp_path)
     page = Page(paths[2].read_text(encoding="utf-8"))
     targets = [value for name, value in page.attributes if name == "href" and "sweep" in value]
@@ -152,7 +153,7 @@ def test_arms_over_several_sweeps():
     ids=["no run", "only failed", "no baseline", "no metric", "missing fields"],
 )
 def test_reports_of_little(tmp_path, runs):
-    """Guards a report that crashes on what is not there, and one that shows None or nan."""
+    """Guards against a report that crashes on what is not there, and one that shows None or nan."""
     paths = write_report(Results(name="little", config={}, runs=runs), tmp_path)
     Page(paths[2].read_text(encoding="utf-8"))
     for path in paths:

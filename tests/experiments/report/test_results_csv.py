@@ -11,7 +11,7 @@ BERT = {"model": {"name": "bert-base-cased"}, "dataset": {"load_args": ["glue", 
 
 
 def test_csv_reads_back():
-    """Guards rows that lose a run, a value or its digits, and cells that a comma splits."""
+    """Guards against rows that lose a run, a value or its digits, and cells that a comma splits."""
     sweeps = [
         make_sweep(),
         Results(name="b, c", config=BERT, runs=[failed_run(error='a "b",\nc')]),

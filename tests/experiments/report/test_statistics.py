@@ -24,7 +24,7 @@ def test_spread_is_mean_and_sample_deviation(values):
 
 
 def test_spread_of_one_value_none_and_equal_ones():
-    """Guards nan for one seed, a crash without any, and a deviation made by rounding."""
+    """Guards against nan for one seed, a crash without any, and a deviation made by rounding."""
     assert spread([0.7]).std is None
     assert spread([]) is None
     assert spread([0.1] * 3).std == 0
@@ -32,7 +32,7 @@ def test_spread_of_one_value_none_and_equal_ones():
 
 
 def test_difference_pairs_by_seed():
-    """Guards a difference of means over unlike seeds, and pairing by position."""
+    """Guards against a difference of means over unlike seeds, and pairing by position."""
     found = paired_difference({3: 0.9, 1: 0.5, 7: 0.1}, {1: 0.4, 2: 0.0, 3: 0.6})
     assert found.seeds == (1, 3)
     assert found.mean == pytest.approx((0.1 + 0.3) / 2)
@@ -47,7 +47,7 @@ def test_interval_is_that_of_all_resamples():
 
 
 def test_interval_is_the_same_each_time_and_leaves_the_random_state_alone():
-    """Guards reports that differ from one writing to the next, and a sweep's seeding."""
+    """Guards against reports that differ from one writing to the next, and a sweep's seeding."""
     arm, baseline = {1: 0.5, 2: 0.8, 3: 0.6}, {1: 0.4, 2: 0.4, 3: 0.7}
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
@@ -57,7 +57,7 @@ def test_interval_is_the_same_each_time_and_leaves_the_random_state_alone():
 
 
 def test_differences_without_an_interval_or_spread():
-    """Guards nan and warnings: one shared seed, none, and equal differences."""
+    """Guards against nan and warnings: one shared seed, none, and equal differences."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert paired_difference({1: 0.5, 2: 0.1}, {1: 0.25}).interval is None

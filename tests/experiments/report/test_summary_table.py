@@ -38,14 +38,14 @@ def test_table_has_means_deviations_and_differences():
 
 
 def test_one_seed_has_no_spread():
-    """Guards nan, and an interval that one seed cannot give."""
+    """Guards against nan, and an interval that one seed cannot give."""
     fish = rows_of(make_sweep(seeds=(5,)))[1]
     assert re.fullmatch(r"0\.\d{4}", fish["Val Accuracy"])
     assert fish["Difference to Original LoRA"].endswith("(1 seed: no interval)")
 
 
 def test_failed_runs_leave_the_numbers_and_are_listed(tmp_path):
-    """Guards a failure that is counted as a result, and one that nobody sees."""
+    """Guards against a failure that is counted as a result, and one that nobody sees."""
     sweep = make_sweep()
     failed = sweep.model_copy(update={"runs": [*sweep.runs, failed_run(ratio=1.0)]})
     before, after = rows_of(sweep)[1], rows_of(failed)[1]
@@ -56,7 +56,7 @@ def test_failed_runs_leave_the_numbers_and_are_listed(tmp_path):
 
 
 def test_trainable_counts_that_differ_are_not_hidden():
-    """Guards a count shown as one number where seeds trained different numbers."""
+    """Guards against a count shown as one number where seeds trained different numbers."""
     runs = [make_run("LoRA-FISH", seed, trainable_params=100 + 2 * seed) for seed in (1, 3)]
     row = rows_of(Results(name="x", config={}, runs=runs))[0]
     assert row["Final Trainable Params"] == "104 ± 3"

@@ -29,7 +29,8 @@ def test_svg_keeps_names_as_text():
 
 
 def test_svg_fits_into_a_page():
-    """Guards ids that two figures share, rules and pictures of their own, and fixed colours."""
+    """Guards against ids that two figures share, rules and pictures of their own, and fixed
+    colors."""
     groups = groups_of()
     figures = [
         to_svg(metric_by_arm(groups, "accuracy"), "one", "a"),
@@ -47,7 +48,7 @@ def test_svg_fits_into_a_page():
 
 
 def test_figures_do_not_depend_on_the_users_settings():
-    """Guards bytes that change with a matplotlibrc, and settings that leak out."""
+    """Guards against bytes that change with a matplotlibrc, and settings that leak out."""
     import matplotlib
 
     groups = groups_of(seeds=(1,))

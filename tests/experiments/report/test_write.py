@@ -6,7 +6,7 @@ from tests.experiments.sweep_sample import make_sweep
 
 
 def test_same_results_same_bytes(tmp_path):
-    """Guards reports that differ between two writings, and files left half-written."""
+    """Guards against reports that differ between two writings, and files left half-written."""
     sweep = make_sweep(seeds=(1, 2), ratios=(1.0, 0.5))
     first = [path.read_bytes() for path in write_report(sweep, tmp_path / "a")]
     read_back = Results.model_validate_json(sweep.model_dump_json())

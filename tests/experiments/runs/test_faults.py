@@ -31,7 +31,7 @@ from tests.fuzz.readers import altered, damaged
 ONE_ARM = {"fish_tuning": {"methods_to_run": ["LoRA-FISH"]}}
 
 
-# Killed at a moment of one's choice
+# Killed at a chosen moment
 
 
 def _kill(*args, **kwargs):
@@ -322,7 +322,7 @@ def test_a_mask_of_another_run(files, checkpoints, tmp_path):
 
 
 def test_a_training_that_diverges(files, tmp_path):
-    """Guards the other runs, and the table, against one whose numbers are none."""
+    """Guards the other runs, and the table, against one whose numbers are not finite."""
     config = experiment(
         *files, tmp_path, training={"args_override": {"learning_rate": 1e30}}, **FEW_ARMS
     )
@@ -350,7 +350,7 @@ def _hold(folder, config, holding):
 @pytest.mark.slow
 def test_two_sweeps_in_one_folder(files, tmp_path):
     """Guards two processes against writing over each other, also under two names of one folder;
-    and the next sweep against a lock that its holder took to the grave."""
+    and the next sweep against a lock whose holder was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     holding = context.Event()

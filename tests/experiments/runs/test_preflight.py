@@ -1,4 +1,4 @@
-"""The preflight: everything is checked, read and counted once, and all problems are told."""
+"""The preflight: everything is checked, read and counted once, and all problems are reported."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def counted(calls, function):
 
 
 def sentences(*args, **kwargs):
-    """In place of the documentation of installed packages."""
+    """A replacement for the documentation of installed packages."""
     features = Features({"text": Value("string"), "label": ClassLabel(names=["torch", "scipy"])})
     rows = {"text": [f"w{i} w{i + 1}" for i in range(30)], "label": [i % 2 for i in range(30)]}
     split = Dataset.from_dict(rows, features=features)
@@ -120,7 +120,7 @@ def test_local_data_is_handed_on(tmp_path):
 
 
 def test_the_preflight_needs_no_torch(tmp_path):
-    """Guards the second in which a mistake is told: no slow import comes before it."""
+    """Guards against slow imports before a mistake is reported."""
     file = write_config(tmp_path)
     write_data(tmp_path / "train.csv")
     program = f"""

@@ -172,7 +172,7 @@ def test_a_run_that_fails_everywhere_is_recorded(files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_that_fails_in_one_process_ends_all(rank, files, tmp_path):
-    """Guards against processes that wait for ever for one that has raised."""
+    """Guards against processes that wait forever for one that has raised."""
     config = config_for(2, files, tmp_path / "out")
     with pytest.raises(ProcessRaisedException, match="it does not train what it should"):
         in_processes(2, tmp_path / "meeting", failing_sweep, config, [rank])

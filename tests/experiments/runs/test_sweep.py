@@ -418,11 +418,11 @@ def test_killed_ten_times(files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantised_weights(files, tmp_path, quantization):
+def test_quantized_weights(files, tmp_path, quantization):
     """Guards model.quantization: all arms of a seed on the same few bits, at equal counts."""
     bnb = pytest.importorskip("bitsandbytes")
     config = experiment(*files, tmp_path / "out", model={"quantization": quantization}, **FEW_ARMS)
-    runs = run_experiment(config, name="quantised").runs
+    runs = run_experiment(config, name="quantized").runs
     assert [run.status for run in runs] == ["finished"] * 2
     assert {run.trainable_params for run in runs} == {6 * 64 + 34}
     base = load_model(config.model, load_tokenizer(config.model), 2)
