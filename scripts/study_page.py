@@ -132,7 +132,7 @@ def _run(row: Mapping[str, str]) -> Run:
     return Run.model_validate({"ratio": None, **known, "config": {}, "metrics": metrics})
 
 
-def labelled(results: Results) -> dict[str, ArmRuns]:
+def labeled(results: Results) -> dict[str, ArmRuns]:
     """Group the runs by label, which always includes the budget."""
     groups = {}
     for group in group_runs(results.runs):
@@ -152,7 +152,7 @@ def pooled_differences(
     tasks: tuple[str, ...] = TASKS, metric: str = ""
 ) -> list[tuple[str, str, Difference]]:
     """Return arm, baseline and their difference over the tasks that have both."""
-    groups = {task: labelled(runs_of(task)) for task in tasks}
+    groups = {task: labeled(runs_of(task)) for task in tasks}
     found = []
     for arm, baseline in COMPARISONS:
         both = {task: g for task, g in groups.items() if arm in g and baseline in g}
@@ -168,7 +168,7 @@ def pooled_differences(
 def differences_table(tasks: tuple[str, ...]) -> Table:
     """Differences over all tasks, and on each where there are several."""
     each = tasks if len(tasks) > 1 else ()
-    groups = [labelled(runs_of(task)) for task in each]
+    groups = [labeled(runs_of(task)) for task in each]
     rows = []
     losses = pooled_differences(tasks, "eval_loss")
     for (arm, baseline, difference), (*_, loss) in zip(
@@ -189,7 +189,7 @@ def difference_of(groups: Mapping[str, ArmRuns], arm: str, baseline: str) -> Dif
 
 def peers_table() -> Table:
     """Every other method on SST-2, and how far ahead of it FISH of the same size is."""
-    groups = labelled(runs_of("sst2")) | labelled(runs_of("peers_sst2"))
+    groups = labeled(runs_of("sst2")) | labeled(runs_of("peers_sst2"))
     rows = []
     for peer, fish in PEERS.items():
         difference = difference_of(groups, fish, peer)
@@ -230,7 +230,7 @@ def arm_headers(metric: str) -> tuple[str, ...]:
 def task_table(name: str) -> Table:
     """All arms of a task."""
     runs = runs_of(name)
-    rows = [arm_cells(*pair) for pair in labelled(runs).items() if pair[1].finished]
+    rows = [arm_cells(*pair) for pair in labeled(runs).items() if pair[1].finished]
     metric = (runs.runs[0].main_metric or "").replace("_", " ")
     headers = ("arm", *arm_headers(metric), "training (s)", "choosing (s)")
     return Table(headers, tuple(rows))

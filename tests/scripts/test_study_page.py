@@ -38,7 +38,7 @@ def test_differences_are_paired_by_seed():
     for arm, baseline, difference in page.pooled_differences():
         means = []
         for task in page.TASKS:
-            groups = page.labelled(page.runs_of(task))
+            groups = page.labeled(page.runs_of(task))
             if arm in groups and baseline in groups:
                 of_arm, of_baseline = (page.values(groups[name]) for name in (arm, baseline))
                 pairs = [of_arm[seed] - of_baseline[seed] for seed in of_arm]

@@ -5,7 +5,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
-from fish_tuning.cli.terminal import stdout
+from fish_tuning.cli.terminal import show
 
 
 def env() -> None:
@@ -13,7 +13,7 @@ def env() -> None:
     rows = [*_platform(), *_versions(), *_devices()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        stdout().print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
+        show(f"{name:<{width}}  {value}")
 
 
 def _platform() -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fish_tuning.cli.terminal import quiet_libraries, stdout, user_errors
+from fish_tuning.cli.terminal import quiet_libraries, show, stdout, user_errors
 
 MASK_FILE = "fish_mask.json"
 PICTURE_FILE = "fish_mask.png"
@@ -36,7 +36,7 @@ def inspect(
         from fish_tuning.mask import FishMask
 
         mask = FishMask.from_pretrained(home)
-        stdout().print(str(home), markup=False, soft_wrap=True)
+        show(str(home))
         stdout().print(
             f"{mask.num_trainable:,} of {mask.num_entries:,} entries selected "
             f"({mask.density:.2%}) in {len(mask)} tensors"
@@ -47,7 +47,7 @@ def inspect(
 
         path = picture or home / PICTURE_FILE
         save_mask_picture(mask, path)
-        stdout().print(f"picture: {path}", markup=False, soft_wrap=True)
+        show(f"picture: {path}")
 
 
 def _find_mask(folder: Path) -> Path:

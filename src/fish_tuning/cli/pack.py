@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fish_tuning.cli.terminal import quiet_libraries, say, stdout, user_errors
+from fish_tuning.cli.terminal import quiet_libraries, say, show, stdout, user_errors
 
 if TYPE_CHECKING:
     from fish_tuning.experiments.tables import Table
@@ -68,11 +68,9 @@ def pack(
         report = pack_folder(folder, file, seed=seed, start=start, base_model=base)
         stdout().print(_table(report).terminal())
         ratio = report.packed_bytes / max(1, report.weights_bytes)
-        stdout().print(
+        show(
             f"{file}: {report.packed_bytes:,} bytes, {ratio:.1%} of the {report.weights_bytes:,} "
-            "of the weights file",
-            markup=False,
-            soft_wrap=True,
+            "of the weights file"
         )
         if report.left_out:
             say(f"note: not packed: {', '.join(report.left_out)}")
@@ -100,7 +98,7 @@ def unpack(
         unpack_file(file, folder, start=start, base_model=base)
         before = file.stat().st_size
         after = sum(path.stat().st_size for path in folder.iterdir())
-        stdout().print(f"{folder}: {after:,} bytes from {before:,}", markup=False, soft_wrap=True)
+        show(f"{folder}: {after:,} bytes from {before:,}")
 
 
 def _table(report: PackReport) -> Table:

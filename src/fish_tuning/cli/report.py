@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fish_tuning.cli.terminal import quiet_libraries, stdout, user_errors
+from fish_tuning.cli.terminal import quiet_libraries, show, user_errors
 
 
 def report(
@@ -35,4 +35,4 @@ def report(
         from fish_tuning.experiments.report.write import write_report
 
         for path in write_report(results, output or home):
-            stdout().print(str(path), markup=False, soft_wrap=True)
+            show(str(path))

@@ -18,6 +18,7 @@ from fish_tuning.cli.terminal import (
     process_rank,
     quiet_libraries,
     say,
+    show,
     stdout,
     user_errors,
 )
@@ -133,7 +134,7 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     paths = write_report(results, Path(checked.config.training.output_dir))
     stdout().print(comparison_table(compare(results)).terminal())
     for path in paths:
-        stdout().print(str(path), markup=False, soft_wrap=True)
+        show(str(path))
     runs = [*results.search, *results.runs]
     failed = [run for run in runs if run.status == "failed"]
     if failed:

@@ -48,6 +48,11 @@ def stdout() -> Console:
     return Console(highlight=False)
 
 
+def show(line: str) -> None:
+    """Print a line of a command's result as it is, without markup and unwrapped."""
+    stdout().print(line, markup=False, soft_wrap=True)
+
+
 def say(message: str) -> None:
     """Print a message on stderr, without markup."""
     from rich.console import Console

@@ -69,7 +69,7 @@ def calculate_fisher_information(
         num_samples: How many examples to use; by default all.
         label_samples: With the true estimator, how many labels to sample per example, even where
             the exact expectation is known. By default 1 where it is not known.
-        token_reduction: The log-likelihood of an example with many labelled tokens: their "mean",
+        token_reduction: The log-likelihood of an example with many labeled tokens: their "mean",
             as models are trained, or their "sum", which is log p of the whole sequence.
         loss_fn: For other models: `loss_fn(outputs, batch)` returns one loss per example, (b,).
             `batch` is the whole batch on the model's device. It is not split when memory runs out.

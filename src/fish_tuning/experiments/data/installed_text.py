@@ -58,7 +58,7 @@ def load_installed_text(
     validation_per_class: int = 200,
     seed: int = 0,
 ) -> DatasetDict:
-    """Load sentences from the docstrings of installed packages, labelled by package.
+    """Load sentences from the docstrings of installed packages, labeled by package.
 
     - A sentence has 30 to 220 characters after runs of white space are collapsed.
     - Names that give the package away are replaced by a neutral token: the names of all
