@@ -123,13 +123,7 @@ def warn_of_others(
 def check_gradients_unused(model: nn.Module, masked: Iterable[str], in_part: Iterable[str]) -> None:
     """Refuse adapters and tensors that need their dense gradients for more than training.
 
-    Args:
-        model: The model.
-        masked: Parameters that a mask names.
-        in_part: Those of them of which it does not select every entry.
-
-    Raises:
-        ValueError: The adapter moves its own budget, or a parameter has gradient hooks.
+    Of the masked parameters, `in_part` are those of which not every entry is selected.
     """
     masked, parameters = list(masked), dict(model.named_parameters())
     for path, module in model.named_modules():

@@ -70,14 +70,11 @@ def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs:
     """Casts and moves: PyTorch makes tensors of masked buffers that are leaves no longer."""
     result = original(module, name)(*args, **kwargs)
     for tensor in state.by_module.get(module, []):
-        for view in tensor.views:
-            for place in view.places:
-                held = place.module._buffers.get(place.attribute)
-                if held is not None and not held.is_leaf:
-                    requires_grad = held.requires_grad
-                    place.module._buffers[place.attribute] = held.detach().requires_grad_(
-                        requires_grad
-                    )
+        for place in tensor.places:
+            held = place.module._buffers.get(place.attribute)
+            if held is not None and not held.is_leaf:
+                leaf = held.detach().requires_grad_(held.requires_grad)
+                place.module._buffers[place.attribute] = leaf
     if module is state.root():
         state.update()
     return result
@@ -148,12 +145,9 @@ def _set_requires_grad(
     tensors = list({t: None for inner in module.modules() for t in state.by_module.get(inner, [])})
     with _as_parameters([tensor for tensor in tensors if tensor.is_frozen]):
         result = original(module, name)(*args, **kwargs)
-    for tensor in tensors:
-        if tensor.is_split:
-            for view in tensor.views:
-                for place in view.places:
-                    if isinstance(place.module, nn.ParameterDict):
-                        tensor.values.requires_grad_(view.leaf.requires_grad)
+    for view, tensor in [(view, t) for t in tensors if t.is_split for view in t.views]:
+        if any(isinstance(place.module, nn.ParameterDict) for place in view.places):
+            tensor.values.requires_grad_(view.leaf.requires_grad)
     return result
 
 
@@ -163,20 +157,18 @@ def _as_parameters(tensors: list[MaskedTensor]) -> Iterator[None]:
     # One of its methods may call another.
     tensors = [t for t in tensors if all(p.attribute in p.module._buffers for p in t.places)]
     for tensor in tensors:
-        for view in tensor.views:
-            for place in view.places:
-                buffer = place.module._buffers.pop(place.attribute)
-                assert buffer is not None
-                place.module._parameters[place.attribute] = nn.Parameter(
-                    buffer, tensor.was_trainable
-                )
+        for place in tensor.places:
+            buffer = place.module._buffers.pop(place.attribute)
+            assert buffer is not None
+            parameter = nn.Parameter(buffer, tensor.was_trainable)
+            place.module._parameters[place.attribute] = parameter
     try:
         yield
     finally:
         for tensor in tensors:
             for view in tensor.views:
                 for place in view.places:
-                    parameter = place.module._parameters.pop(place.attribute)
-                    assert parameter is not None
-                    tensor.was_trainable = parameter.requires_grad
+                    held = place.module._parameters.pop(place.attribute)
+                    assert held is not None
+                    tensor.was_trainable = held.requires_grad
                     place.module._buffers[place.attribute] = view.leaf

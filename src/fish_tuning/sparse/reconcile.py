@@ -132,11 +132,7 @@ def _outside(tensor: MaskedTensor, storage: Tensor) -> tuple[View, Tensor] | Non
 
 
 def current_tensor(place: Place, view: View) -> Tensor:
-    """What a module holds under a masked tensor's name.
-
-    Raises:
-        RuntimeError: Nothing, or a tensor of another shape.
-    """
+    """What a module holds under a masked tensor's name; raise RuntimeError if it does not fit."""
     module, attribute = place.module, place.attribute
     held = module._buffers.get(attribute)
     held = module._parameters.get(attribute) if held is None else held

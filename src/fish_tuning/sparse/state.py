@@ -183,10 +183,6 @@ class MaskState:
         """Bring the tensors of the model, or of one of its modules, up to date.
 
         During a forward pass they are already.
-
-        Raises:
-            RuntimeError: A tensor is gone or has another shape, or it was written and its values
-                as well.
         """
         if self.running is not None:
             return
@@ -228,11 +224,7 @@ class MaskState:
             self.groups += new
 
     def check(self) -> None:
-        """Check, before anything is saved, that the masks fit the model.
-
-        Raises:
-            RuntimeError: They do not, or a tensor was written and its values as well.
-        """
+        """Check, before anything is saved, that the masks fit and no tensor has two truths."""
         if (root := self.root()) is not None:
             self._index(root)
         self.update()
@@ -310,8 +302,7 @@ class MaskState:
         _live.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "root": self.root(), "running": None, "differentiable": []}
-        return state
+        return {**vars(self), "root": self.root(), "running": None, "differentiable": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

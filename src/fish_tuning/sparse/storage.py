@@ -191,13 +191,12 @@ class Group:
         for tensor in self.tensors:
             tensor.group = self
             for view in tensor.views:
-                if not view.leaf.requires_grad:
-                    # Hooks need a leaf that requires gradients, now or later.
-                    view.leaf.requires_grad_(True)
-                    view.leaf.register_post_accumulate_grad_hook(_receiver(self, tensor, view))
-                    view.leaf.requires_grad_(False)
-                else:
-                    view.leaf.register_post_accumulate_grad_hook(_receiver(self, tensor, view))
+                # Hooks need a leaf that requires gradients, now or later.
+                leaf, requires_grad = view.leaf, view.leaf.requires_grad
+                leaf.requires_grad_().register_post_accumulate_grad_hook(
+                    _receiver(self, tensor, view)
+                )
+                leaf.requires_grad_(requires_grad)
 
     def view(self, tensor: MaskedTensor, view: View) -> Tensor:
         """A view of a masked tensor as it lies in the storage."""

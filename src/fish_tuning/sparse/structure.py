@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from peft.tuners.adaption_prompt import AdaptionPromptModel
 from torch import nn
@@ -24,20 +24,16 @@ def is_unchanged(root: nn.Module, edges: Iterable[Edge]) -> bool:
 
 
 def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
-    """Name the places of masked tensors as they lie in a model now; return the edges to them.
-
-    Raises:
-        RuntimeError: The model no longer has one of the modules.
-    """
+    """Name the places of masked tensors as they lie in a model now; return the edges to them."""
     places = [place for tensor in tensors for place in tensor.places]
     paths = paths_of(root, places)
-    set_aside = set(_set_aside(root))
+    set_aside = _set_aside(root)
     edges: dict[Edge, None] = {}
     for place in places:
         found = paths.get(place.module)
-        if not found and place.module in set_aside:
-            continue
         if not found:
+            if place.module in set_aside:
+                continue
             raise unfit(f"{place.name} is no longer in it")
         names = [f"{path}.{place.attribute}" if path else place.attribute for path in found]
         place.name = place.name if place.name in names else names[0]
@@ -50,13 +46,11 @@ def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
     return list(edges)
 
 
-def _set_aside(root: nn.Module) -> Iterator[nn.Module]:
+def _set_aside(root: nn.Module) -> set[nn.Module]:
     """Modules that PEFT takes out of a model while their adapter is not active."""
-    for module in root.modules():
-        if isinstance(module, AdaptionPromptModel):
-            for layers in module._cached_adapters.values():
-                for layer in layers:
-                    yield from layer.modules()
+    models = [module for module in root.modules() if isinstance(module, AdaptionPromptModel)]
+    layers = (each for model in models for each in model._cached_adapters.values())
+    return {inner for kept in layers for layer in kept for inner in layer.modules()}
 
 
 def paths_of(root: nn.Module, places: Iterable[Place]) -> dict[nn.Module, list[str]]:
