@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fish_tuning.distributed import check_equal
 from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.checks import (
     check_fits,
     check_gradients_unused,
@@ -118,7 +119,7 @@ def get_mask(model: nn.Module, adapter: str | None = None) -> FishMask | None:
     state = state_of(model)
     if state is None:
         return None
-    return state.mask(None if adapter is None else lambda name: adapter in name.split("."))
+    return state.mask(None if adapter is None else lambda name: belongs_to_adapter(name, adapter))
 
 
 def is_masked(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fish_tuning.mask.card import write_card
 from fish_tuning.mask.files import JSON_FILE
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.patches import original, patch
 from fish_tuning.sparse.state import MaskState, state_of
 
@@ -63,7 +64,8 @@ def _adapter_folder(folder: str, adapter: str) -> Path:
 
 def _belongs_to(model: Any, adapter: str, name: str) -> bool:
     """Whether a tensor is not of another adapter: biases of the base are saved with each."""
-    return not (model.peft_config.keys() - {adapter}).intersection(name.split("."))
+    others = model.peft_config.keys() - {adapter}
+    return not any(belongs_to_adapter(name, other) for other in others)
 
 
 def check_checkpoint(model: nn.Module, checkpoint: str) -> None:
@@ -187,7 +189,7 @@ def _load_adapter(
     Raises:
         ValueError: The folder holds another mask.
     """
-    mask = state.mask(lambda tensor: adapter_name in tensor.split("."))
+    mask = state.mask(lambda tensor: belongs_to_adapter(tensor, adapter_name))
     saved = Path(model_id, JSON_FILE).is_file()
     if mask is not None and saved:
         expected = state.mask(functools.partial(_belongs_to, model, adapter_name))
