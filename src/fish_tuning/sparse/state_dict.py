@@ -8,8 +8,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import FSDP_PREFIX
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fish_tuning.sparse.reconcile import check_conflicts
 from fish_tuning.sparse.state import MaskState
@@ -53,24 +55,36 @@ def _after_save(
             saved.pop(prefix + values_name(place.attribute), None)
         key = prefix + place.attribute
         if tensor.is_split and key in saved:
-            saved[key] = _unshared(view, saved, key)
+            saved[key] = _unshared(tensor, view, saved, key)
         if view.is_contiguous:
             checksums[place.attribute] = _checksum(tensor)
     metadata[_METADATA] = checksums
 
 
-def _unshared(view: View, saved: Mapping[str, Any], key: str) -> Tensor:
-    """A copy of a tensor for a state dict, one for all of its names.
+def _unshared(tensor: MaskedTensor, view: View, saved: Mapping[str, Any], key: str) -> Tensor:
+    """A tensor for a state dict, one for all of its names, which shares the model's memory.
 
-    Views of one storage look like tied weights to whoever saves the state dict.
+    Writing into a state dict writes the model, as without a mask. But views of one storage look
+    like tied weights to those that save them: each tensor gets a storage of its own.
     """
     earlier: Tensor | None = None if view.saved is None else view.saved()
     is_latest = saved.get(view.saved_key) is earlier
     if earlier is not None and is_latest:
         return earlier
-    copy: Tensor = view.leaf.detach().clone()
-    view.saved, view.saved_key = weakref.ref(copy), key
-    return copy
+    alias = _alias(tensor, view)
+    view.saved, view.saved_key = weakref.ref(alias), key
+    return alias
+
+
+def _alias(tensor: MaskedTensor, view: View) -> Tensor:
+    """A tensor in the memory of a view, with a storage that holds nothing else."""
+    leaf: Tensor = view.leaf.detach()
+    if type(leaf) is not Tensor or leaf.device.type not in ("cpu", "cuda"):
+        return leaf.clone()
+    assert tensor.group is not None
+    flat = tensor.group.storage.detach()[tensor.entries]
+    # As bytes: the exchange format does not know every type.
+    return view.of(from_dlpack(to_dlpack(flat.view(torch.uint8))).view(flat.dtype))
 
 
 def _checksum(tensor: MaskedTensor) -> int:

@@ -53,7 +53,7 @@ class View:
     leaf: Tensor
     """What the places hold, except during a forward pass with gradients."""
     saved: weakref.ref[Tensor] | None = None
-    """The latest copy of it made for a state dict, and its key there."""
+    """The latest tensor made of it for a state dict, and its key there."""
     saved_key: str = ""
 
     def __getstate__(self) -> dict[str, Any]:

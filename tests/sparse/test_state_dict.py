@@ -1,0 +1,76 @@
+"""State dicts of masked models share the model's memory, and are saved whole."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from fish_tuning import apply_mask
+from tests.sparse.small import inputs, lora_mlp, random_mask, train
+
+
+def masked(dtype=torch.float32):
+    model = lora_mlp().to(dtype)
+    return apply_mask(model, random_mask(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writing_a_state_dict_writes_the_model(dtype):
+    """Guards against averages of weights that are written into a copy."""
+    model = masked(dtype)
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(1)
+        for mean, tensor in zip(
+            average.state_dict().values(), model.state_dict().values(), strict=True
+        ):
+            mean.lerp_(tensor, 1)
+    expected = lora_mlp().to(dtype)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.add_(1)
+    x = inputs().to(dtype)
+    assert torch.equal(model(x), expected(x))
+    assert torch.equal(average(x), expected(x))
+
+
+def test_a_state_dict_follows_training():
+    model = masked()
+    state = model.state_dict()
+    before = copy.deepcopy(state)
+    train(model)
+    now = model.state_dict()
+    assert all(torch.equal(tensor, now[name]) for name, tensor in state.items())
+    assert any(not torch.equal(tensor, now[name]) for name, tensor in before.items())
+
+
+def test_it_outlives_the_model():
+    model = masked()
+    expected = copy.deepcopy(model.state_dict())
+    state = model.state_dict()
+    del model
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+
+
+def test_each_tensor_is_saved_once(tmp_path):
+    """Guards against files that lose tensors because they look tied, or hold one many times."""
+    model = masked()
+    train(model)
+    expected = copy.deepcopy(model.state_dict())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    Accelerator(cpu=True).save_model(model, tmp_path / "accelerate")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save(lora_mlp().state_dict(), tmp_path / "plain.pt")
+    for found in (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(tmp_path / "accelerate" / "model.safetensors"),
+        torch.load(tmp_path / "model.pt", weights_only=True),
+    ):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    larger = (tmp_path / "model.pt").stat().st_size - (tmp_path / "plain.pt").stat().st_size
+    # The checksums of the mask.
+    assert larger < 2_000
