@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -61,6 +64,8 @@ class MaskState:
         self.edges: list[Edge] = []
         self.running: int | None = None
         """The id of the module whose forward pass is running."""
+        self.thread = 0
+        """The thread in which it runs."""
         self.differentiable: list[View] = []
         """The views that differ from their leaves during that pass."""
         self.steps_without_values = 0
@@ -184,7 +189,7 @@ class MaskState:
 
         During a forward pass they are already.
         """
-        if self.running is not None:
+        if self._is_running():
             return
         tensors = self.tensors if module is None else self.by_module.get(module, [])
         self._take_in(tensors)
@@ -239,7 +244,9 @@ class MaskState:
                 "a masked model cannot be replicated by torch.nn.DataParallel: start one process "
                 "per device with torchrun or accelerate launch, or make only one device visible"
             )
-        if self.running is not None or torch.compiler.is_exporting():
+        if self.running == id(module):
+            self._end_pass()  # It was interrupted: no module calls itself.
+        if self._is_running() or torch.compiler.is_exporting():
             # torch.export takes a state dict first, which brings the tensors up to date.
             return
         root = self.root()
@@ -253,8 +260,8 @@ class MaskState:
         self.idle.running = True
         for group in self.groups:
             reconcile(group)
-            group.version = group.storage._version
-        self.running = id(module)
+            group.version = _version(group.storage)
+        self.running, self.thread = id(module), threading.get_ident()
         if torch.is_grad_enabled():
             for group in self.groups:
                 self.differentiable += group.install_differentiable()
@@ -262,15 +269,32 @@ class MaskState:
     def after_forward(self, module: nn.Module) -> None:
         """Give the modules their leaves back."""
         if self.running == id(module):
-            self.running, self.idle.running = None, False
-            for view in self.differentiable:
-                view.install(view.leaf)
-            self.differentiable = []
+            self._end_pass()
             if not torch.compiler.is_compiling():
                 # Constrained OFT projects its weights in its forward pass.
                 for group in self.groups:
-                    if group.storage._version != group.version:
+                    if _version(group.storage) != group.version:
                         reconcile(group)
+
+    def _end_pass(self) -> None:
+        self.running, self.idle.running = None, False
+        for view in self.differentiable:
+            view.install(view.leaf)
+        self.differentiable = []
+
+    def _is_running(self) -> bool:
+        """Whether a forward pass is under way; ends one that was interrupted.
+
+        PyTorch calls the hooks after a forward pass if it raised an Exception, but not if it ended
+        with a KeyboardInterrupt or SystemExit.
+        """
+        if self.running is None:
+            return False
+        elsewhere = self.thread != threading.get_ident()
+        if torch.compiler.is_compiling() or elsewhere or _is_being_called(self.running):
+            return True
+        self._end_pass()
+        return False
 
     def after_step(self, stepped: set[int]) -> None:
         """Bring the tensors up to date after an optimizer has stepped parameters of these ids."""
@@ -280,7 +304,8 @@ class MaskState:
             self.update()
             for group in groups:
                 # A backward through an older forward pass fails, as it does without a mask.
-                torch.autograd.graph.increment_version(group.storage)
+                if not group.storage.is_inference():
+                    torch.autograd.graph.increment_version(group.storage)
         elif self.steps_without_values >= 0 and any(
             tensor.values.grad is not None for group in self.groups for tensor in group.tensors
         ):
@@ -319,6 +344,24 @@ class MaskState:
         memo[id(self)] = state
         state.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return state
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_being_called(module_id: int) -> bool:
+    """Whether a call of a module is on this thread's stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if (
+            frame.f_code is nn.Module._call_impl.__code__
+            and id(frame.f_locals["self"]) == module_id
+        ):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _NoRoot:

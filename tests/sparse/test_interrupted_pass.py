@@ -1,0 +1,68 @@
+"""A forward pass that ends with Ctrl-C leaves a masked model as usable as a plain one."""
+
+import copy
+
+import pytest
+import torch
+
+from fish_tuning import apply_mask
+from tests.models import examples_for, pad, tiny_bert, with_lora
+
+
+def interrupted_model():
+    """A masked model whose last forward pass was interrupted, and a batch for it."""
+    model = with_lora(tiny_bert()).eval()
+    masks = {
+        name: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+    apply_mask(model, masks)
+    batch = pad(examples_for(model, 3))
+
+    def press_ctrl_c(*args):
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().classifier.register_forward_pre_hook(press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    handle.remove()
+    return model, batch
+
+
+def values_of(model):
+    return {n: p for n, p in model.named_parameters() if n.endswith("_values")}
+
+
+def test_numbers_written_afterwards_count():
+    """Guards values written by hand against a forward pass that believes to be a nested one."""
+    model, batch = interrupted_model()
+    with torch.no_grad():
+        for values in values_of(model).values():
+            values.zero_()
+    model(**batch).loss.backward()
+    for name, values in values_of(model).items():
+        assert not values.detach().any()
+        held = model.get_buffer(name.removesuffix("_values"))
+        assert held.is_leaf
+        assert int((held == 0).sum()) >= values.numel()
+    assert any(values.grad is not None for values in values_of(model).values())
+
+
+def test_casts_afterwards():
+    """Guards casts, and copies after them, against tensors of the interrupted pass's graph."""
+    model, batch = interrupted_model()
+    model.to(torch.float64)
+    expected = model(**batch).logits
+    actual = copy.deepcopy(model)(**batch).logits
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("change", ["copy", "cast"])
+def test_inference_mode(change):
+    """Guards models that are copied or cast in inference mode, whose tensors have no versions."""
+    model, batch = interrupted_model()
+    with torch.inference_mode():
+        model(**batch)
+        changed = copy.deepcopy(model) if change == "copy" else model.double()
+        assert changed(**batch).logits.isfinite().all()
