@@ -1,12 +1,12 @@
 """Parse parameter names: a parameter's layer, its module, its side of a LoRA pair."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _LORA = re.compile(r"(?:^|\.)lora_(?P<kind>(?:embedding_)?(?P<side>[AB]))(?:\.|$)")
 _WRAPPER = "base_model.model."
 _ADDED_BY_PEFT = ("lora_", "modules_to_save")
-_ADAPTER = re.compile(r"(?:\.modules_to_save)?\.default(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,18 @@ def opposite_side(name: str) -> str:
     return name[: match.start("side")] + other + name[match.end("side") :]
 
 
-def without_adapter(name: str) -> str:
-    """A parameter's name as PEFT saves it, without the name of the adapter ("default")."""
-    return _ADAPTER.sub("", name)
+def without_adapter(name: str) -> Iterator[tuple[str, str]]:
+    """What PEFT may save a parameter as: it leaves out the adapter's name and modules_to_save.
+
+    Any part of the name may be the adapter's.
+
+    Yields:
+        The part that is taken for the adapter's name, and the name without it.
+    """
+    parts = name.split(".")
+    for i, adapter in enumerate(parts[1:], 1):
+        before = parts[: i - 1] if parts[i - 1] == "modules_to_save" else parts[:i]
+        yield adapter, ".".join(before + parts[i + 1 :])
 
 
 def _first_number(parts: list[str]) -> int | None:

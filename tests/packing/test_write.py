@@ -6,11 +6,12 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from fish_tuning import (
     FishMask,
     apply_mask,
+    get_mask,
     pack,
     unpack,
 )
@@ -27,6 +28,8 @@ from tests.packing.saved_folders import (
     trained,
     write_folder,
 )
+from tests.sparse.small import LORA, Mlp
+from tests.sparse.small import random_mask as mlp_mask
 
 
 @pytest.mark.parametrize(
@@ -186,3 +189,27 @@ def test_folders_that_cannot_be_packed(small, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.safetensors").write_bytes(content[:-1])
     refused(ValueError, "a.safetensors is not a complete", cut, start=tmp_path / "bad")
+
+
+@pytest.mark.parametrize("name", ["mine", "0"])
+def test_an_adapter_of_another_name(tmp_path, name):
+    """Guards against masks whose tensors are found only under the name "default"."""
+    model = get_peft_model(Mlp(), LoraConfig(**LORA), adapter_name=name)
+    apply_mask(model, mlp_mask(model, name)).save_pretrained(tmp_path / "saved")
+    report = pack(tmp_path / "saved" / name, tmp_path / "packed.fish")
+    unpack(tmp_path / "packed.fish", tmp_path / "unpacked")
+    assert contents(tmp_path / "unpacked").items() <= contents(tmp_path / "saved" / name).items()
+    assert report.entries["selected"] == sum(int(b.sum()) for b in get_mask(model).values())
+
+
+def test_a_mask_of_several_adapters(tmp_path):
+    """Guards against weights that are packed with another adapter's mask."""
+    model = get_peft_model(Mlp(), LoraConfig(**LORA), adapter_name="a")
+    apply_mask(model, mlp_mask(model, "a"))
+    model.add_adapter("b", LoraConfig(**LORA))
+    model.set_adapter("b")
+    apply_mask(model, mlp_mask(model, "b"))
+    model.save_pretrained(tmp_path)
+    get_mask(model).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"several adapters \(a, b\): save the mask of the one"):
+        pack(tmp_path / "a", tmp_path / "packed.fish")

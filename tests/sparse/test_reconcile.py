@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fish_tuning import apply_mask, remove_mask
 from fish_tuning.sparse import masked_parameters
@@ -215,3 +216,29 @@ def test_accelerators_tell_of_a_conflict_when_something_is_saved(monkeypatch):
     with pytest.raises(RuntimeError, match="were both written"):
         model.state_dict()
     model.state_dict()
+
+
+def averaged(model, **kwargs):
+    """The mean of the weights after each of three steps."""
+    mean = AveragedModel(model, **kwargs)
+    for _ in range(3):
+        train(model, steps=1)
+        mean.update_parameters(model)
+    return mean
+
+
+def test_averages_of_weights():
+    """Guards against averages of the values alone, beside tensors copied from the model."""
+    model, _ = masked()
+    with pytest.raises(RuntimeError, match=r"AveragedModel .* use_buffers=True"):
+        averaged(model)(inputs())
+    model, _ = masked()
+    mean = averaged(model, use_buffers=True)
+    plain, _ = masked()
+    states = []
+    for _ in range(3):
+        train(plain, steps=1)
+        states.append({n: t.clone() for n, t in plain.state_dict().items()})
+    for name, found in mean.module.state_dict().items():
+        expected = torch.stack([state[name] for state in states]).mean(0)
+        torch.testing.assert_close(found, expected)

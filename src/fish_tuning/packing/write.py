@@ -215,15 +215,20 @@ def _pack_tensors(
 def _names_in_mask(slots: list[Slot], mask: FishMask) -> dict[str, str]:
     """Map names in the weights file to names in the mask."""
     saved = {slot.name for slot in slots}
-    names = {}
-    for name in mask:
-        # PEFT's files leave out the adapter's name, and the end of DoRA's
-        # lora_magnitude_vector.default.weight.
-        short = without_adapter(name)
-        for key in (name, short, short.removesuffix(".weight")):
-            if key in saved:
-                names[key] = name
-                break
+    names = {name: name for name in mask if name in saved}
+    by_adapter: dict[str, dict[str, str]] = {}
+    for name in mask.keys() - saved:
+        for adapter, short in without_adapter(name):
+            # PEFT's files leave out the end of DoRA's lora_magnitude_vector.default.weight too.
+            for key in saved.intersection((short, short.removesuffix(".weight"))):
+                by_adapter.setdefault(adapter, {})[key] = name
+    if "default" not in by_adapter and len(by_adapter) > 1:
+        raise ValueError(
+            f"{JSON_FILE} is of several adapters ({', '.join(sorted(by_adapter))}): save the mask "
+            "of the one whose weights these are, get_mask(model, adapter)"
+        )
+    adapter = "default" if "default" in by_adapter else next(iter(by_adapter), "")
+    names |= by_adapter.get(adapter, {})
     if not names:
         raise ValueError(
             f"{JSON_FILE} names no tensor of the weights (its first is {next(iter(mask))}): the "

@@ -76,7 +76,8 @@ def _conflict_error(tensors: list[MaskedTensor], conflict: Tensor | None) -> Run
         names = [tensor.name for tensor, part in zip(tensors, parts, strict=True) if part.any()]
     return RuntimeError(
         f"{names[0]} and its trained values, {values_name(names[0])}, were both written since they "
-        "last agreed, with different numbers: undo one of the two, or call the model in between"
+        "last agreed, with different numbers: undo one of the two, or call the model in between. "
+        "PyTorch's AveragedModel does this unless it is built with use_buffers=True"
     )
 
 
