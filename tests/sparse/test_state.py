@@ -2,7 +2,9 @@
 
 import logging
 
+import pytest
 import torch
+from torch.func import functional_call, grad
 
 from fish_tuning import apply_mask, get_mask
 from fish_tuning.sparse import is_masked, masked_parameters
@@ -66,3 +68,16 @@ def test_wrapped_models_are_masked():
     parallel.module = model
     for each in (model, compiled, parallel):
         assert is_masked(each) and get_mask(each) == get_mask(model)
+
+
+def test_transforms_of_functions_are_refused():
+    """Guards against a sentence about autograd's insides, and a model that then works no more."""
+    model = lora_mlp()
+    apply_mask(model, random_mask(model))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    expected = model(inputs())
+    with pytest.raises(RuntimeError, match=r"torch\.func's transforms .* call remove_mask"):
+        grad(lambda p: functional_call(model, p, inputs()).sum())(parameters)
+    assert torch.equal(model(inputs()), expected)
+    functional_call(model, dict(model.named_parameters()), inputs()).sum().backward()
+    assert all(values.grad is not None for values in masked_parameters(model))

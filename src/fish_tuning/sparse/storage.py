@@ -223,6 +223,11 @@ class Group:
         tensors = [tensor for tensor in self.tensors if tensor.values.requires_grad]
         if not tensors:
             return []
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "torch.func's transforms (grad, vjp, vmap, ...) cannot differentiate a masked "
+                "model: use loss.backward() or torch.autograd.grad, or call remove_mask(model)"
+            )
         values = [tensor.values for tensor in tensors]
         outputs = _HandOut.apply(self, tensors, *values)  # type: ignore[no-untyped-call]
         # Autograd runs the node that was made last first. Made early, this one would run when the
