@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fish_tuning import apply_mask
+from fish_tuning import apply_mask, remove_mask
 from tests.models import examples_for, pad, tiny_bert, with_lora
 
 
@@ -28,6 +28,28 @@ def interrupted_model():
         model(**batch)
     handle.remove()
     return model, batch
+
+
+def test_skipped_layers_count_again():
+    """Guards a layer that was skipped when the pass was interrupted against being lost."""
+    model = with_lora(tiny_bert()).eval()
+    masks = {
+        name: torch.full(p.shape, ".layer.1." in name)
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+    apply_mask(model, masks)
+    skipped = model.get_base_model().bert.encoder.layer[0].attention.self.query
+
+    def press_ctrl_c(*args):
+        raise KeyboardInterrupt
+
+    handle = skipped.base_layer.register_forward_pre_hook(press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        model(**pad(examples_for(model, 3)))
+    handle.remove()
+    remove_mask(model)
+    assert skipped.active_adapters == ["default"]
 
 
 def values_of(model):

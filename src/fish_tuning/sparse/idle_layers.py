@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 class IdleLayers:
     """The plain LoRA layers of a model of whose adapter nothing is trained.
 
-    Variants of LoRA (DoRA acts through its magnitude), layers with a bias on B and quantised
+    Variants of LoRA (DoRA acts through its magnitude), layers with a bias on B and quantized
     layers compute as before.
     """
 
@@ -53,6 +53,12 @@ class IdleLayers:
             for layer, contributes in zip(same, found, strict=True):
                 layer.idle = not contributes
 
+    def end_pass(self) -> None:
+        """Leave every layer as it was before the forward pass of the model."""
+        self.running = False
+        for layer in self.layers:
+            layer.restore()
+
     def release(self, modules: Iterable[nn.Module]) -> None:
         """Forget layers whose A or B is one of the modules: it may be trained from now on."""
         released = set(modules)
@@ -69,6 +75,9 @@ class _IdleLayer:
         self.sides = {layer.lora_A[adapter], layer.lora_B[adapter]}
         self.idle = False
         self.active: str | list[str] = []
+        """The layer's active adapters, before its forward pass."""
+        self.skipping = False
+        """Whether the layer runs without the adapter now."""
         self.handles: list[RemovableHandle] = [
             layer.register_forward_pre_hook(self._before_forward),
             layer.register_forward_hook(self._after_forward, always_call=True),
@@ -81,16 +90,22 @@ class _IdleLayer:
         return held[self.adapter].weight if self.adapter in held else None
 
     def remove(self) -> None:
+        self.restore()
         for handle in self.handles:
             handle.remove()
+
+    def restore(self) -> None:
+        """Give the layer its active adapters back, also after an interrupted pass."""
+        if self.skipping:
+            self.layer._active_adapter, self.skipping = self.active, False
 
     def _before_forward(self, layer: Any, args: Any) -> None:
         if not self.layers.running and not torch.compiler.is_compiling():
             # A layer called by itself, or run again by checkpointing.
             self.idle = self.weight is not None and not self.weight.any()
-        self.active = layer._active_adapter
         if self.idle:
+            self.active, self.skipping = layer._active_adapter, True
             layer._active_adapter = [n for n in layer.active_adapters if n != self.adapter]
 
     def _after_forward(self, layer: Any, args: Any, output: Any) -> None:
-        layer._active_adapter = self.active
+        self.restore()

@@ -257,11 +257,12 @@ class MaskState:
             for group in self.groups:
                 group.follow_values()
             self.idle.look()
+            self.thread = threading.get_ident()
         self.idle.running = True
         for group in self.groups:
             reconcile(group)
             group.version = _version(group.storage)
-        self.running, self.thread = id(module), threading.get_ident()
+        self.running = id(module)
         if torch.is_grad_enabled():
             for group in self.groups:
                 self.differentiable += group.install_differentiable()
@@ -277,7 +278,8 @@ class MaskState:
                         reconcile(group)
 
     def _end_pass(self) -> None:
-        self.running, self.idle.running = None, False
+        self.running = None
+        self.idle.end_pass()
         for view in self.differentiable:
             view.install(view.leaf)
         self.differentiable = []
@@ -290,8 +292,9 @@ class MaskState:
         """
         if self.running is None:
             return False
-        elsewhere = self.thread != threading.get_ident()
-        if torch.compiler.is_compiling() or elsewhere or _is_being_called(self.running):
+        if torch.compiler.is_compiling() or self.thread != threading.get_ident():
+            return True
+        if _is_being_called(self.running):
             return True
         self._end_pass()
         return False
