@@ -148,6 +148,9 @@ def _set_requires_grad(
     for view, tensor in [(view, t) for t in tensors if t.is_split for view in t.views]:
         if any(isinstance(place.module, nn.ParameterDict) for place in view.places):
             tensor.values.requires_grad_(view.leaf.requires_grad)
+    # Now, and not at the next forward pass: checkpointing may run a layer again before it.
+    for group in {tensor.group: None for tensor in tensors if tensor.group is not None}:
+        group.follow_values()
     return result
 
 

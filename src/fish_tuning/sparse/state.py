@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.sparse.calls import is_being_called
 from fish_tuning.sparse.idle_layers import IdleLayers
 from fish_tuning.sparse.parameters import (
     Orders,
@@ -294,7 +293,7 @@ class MaskState:
             return False
         if torch.compiler.is_compiling() or self.thread != threading.get_ident():
             return True
-        if _is_being_called(self.running):
+        if is_being_called(self.running):
             return True
         self._end_pass()
         return False
@@ -352,19 +351,6 @@ class MaskState:
 def _version(tensor: torch.Tensor) -> int:
     """How often a tensor was written in place; tensors of inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _is_being_called(module_id: int) -> bool:
-    """Whether a call of a module is on this thread's stack."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if (
-            frame.f_code is nn.Module._call_impl.__code__
-            and id(frame.f_locals["self"]) == module_id
-        ):
-            return True
-        frame = frame.f_back
-    return False
 
 
 class _NoRoot:
