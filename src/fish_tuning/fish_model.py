@@ -14,7 +14,7 @@ from fish_tuning.scoring.objective import LossFunction
 from fish_tuning.selection.budget import pool_and_quota
 from fish_tuning.selection.criteria import magnitude_scores, random_scores, reversed_scores
 from fish_tuning.selection.select import create_mask_from_fisher
-from fish_tuning.sparse.apply import apply_mask, get_mask
+from fish_tuning.sparse.apply import apply_mask, is_masked
 
 
 def get_fish_model(
@@ -43,7 +43,7 @@ def get_fish_model(
             `apply_mask`. Whatever the model alone can tell is checked before scoring.
     """
     check_maskable(model)
-    if get_mask(model) is not None:
+    if is_masked(model):
         raise ValueError("the model has a mask already: call remove_mask(model) first")
     mask, _ = score_and_select(
         model, config, calibration_dataloader, loss_fn=loss_fn, progress=progress

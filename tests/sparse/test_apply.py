@@ -21,6 +21,7 @@ from fish_tuning.sparse.apply import masked_parameters
 from fish_tuning.sparse.parameters import UNSELECTED
 from fish_tuning.sparse.state import _live, state_of
 from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
+from tests.training import tensor_of, tensors_of, trainable
 
 LR, DECAY = 0.02, 0.1
 HEAD = "modules_to_save"
@@ -35,10 +36,6 @@ def lora_llama(**config):
     return with_lora(tiny_llama(), init_lora_weights=False, **config)
 
 
-def trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def random_mask(model, density=0.4, dense=HEAD, seed=0):
     """Random bits for every trainable tensor, all True where `dense` is in the name."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,16 +45,6 @@ def random_mask(model, density=0.4, dense=HEAD, seed=0):
         else torch.rand(p.shape, generator=generator) < density
         for name, p in trainable(model).items()
     }
-
-
-def tensor_of(model, name):
-    """What the model computes with now, whether a parameter or a buffer."""
-    path, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(path), attribute).detach()
-
-
-def tensors_of(model, names):
-    return {name: tensor_of(model, name).clone() for name in names}
 
 
 def flat(tensors):

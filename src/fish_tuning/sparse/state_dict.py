@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,7 +56,7 @@ def _after_save(
         if tensor.is_split and key in saved:
             saved[key] = _unshared(tensor, view, saved, key)
         if view.is_contiguous:
-            checksums[place.attribute] = _checksum(tensor)
+            checksums[place.attribute] = tensor.checksum
     metadata[_METADATA] = checksums
 
 
@@ -87,10 +86,6 @@ def _alias(tensor: MaskedTensor, view: View) -> Tensor:
     return view.of(from_dlpack(to_dlpack(flat.view(torch.uint8))).view(flat.dtype))
 
 
-def _checksum(tensor: MaskedTensor) -> int:
-    return zlib.crc32(tensor.bits().numpy().data)
-
-
 def _before_load(
     state: MaskState,
     module: nn.Module,
@@ -107,7 +102,7 @@ def _before_load(
             # FullyShardedDataParallel has them saved; the tensors say it all.
             loaded.pop(prefix + values_name(place.attribute), None)
         checksum = checksums.get(place.attribute)
-        if checksum not in (None, _checksum(tensor)) and prefix + place.attribute in loaded:
+        if checksum not in (None, tensor.checksum) and prefix + place.attribute in loaded:
             raise ValueError(
                 f"the state dict was saved under another mask: it selects other entries of "
                 f"{place.name}. Apply the mask that was saved with it "

@@ -9,8 +9,10 @@ backward gathers their gradients at ``index``, the places of the selected entrie
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -146,6 +148,11 @@ class MaskedTensor:
         bits = torch.zeros(self.numel, dtype=torch.bool)
         bits[self.group.index[self.selected].long().cpu() - self.entries.start] = True
         return bits
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of which entries are selected, which never changes."""
+        return zlib.crc32(self.bits().numpy().data)
 
 
 class Part(NamedTuple):
