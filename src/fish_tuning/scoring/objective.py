@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.config import Estimator, TokenReduction
-from fish_tuning.scoring.batches import (
-    IGNORED,
-    LABELS,
-    Batch,
-    Forward,
-    batch_size,
-    take,
-    without_padding,
-)
+from fish_tuning.scoring.batches import IGNORED, LABELS, Batch, batch_size, take
+from fish_tuning.scoring.forward import Forward
 from fish_tuning.scoring.likelihood import (
     LIKELIHOODS,
     Likelihood,
@@ -25,6 +18,7 @@ from fish_tuning.scoring.likelihood import (
     Tokens,
     generator_of,
 )
+from fish_tuning.scoring.padding import without_padding
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
