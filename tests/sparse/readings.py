@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import convert_to_lora
 from torch import Tensor
 
 from fish_tuning import get_mask, remove_mask
@@ -58,6 +59,13 @@ def exported(model: Any, folder: Path) -> Tensor:
     return torch.export.export(model, (), {"input_ids": IDS}).module()(input_ids=IDS)
 
 
+def converted(model: Any, folder: Path) -> Tensor:
+    """What PEFT's conversion to LoRA of the same rank gives, as products of B and A."""
+    _, state = convert_to_lora(model, rank=2)
+    names = sorted(name for name in state if ".lora_A." in name)
+    return torch.cat([state[name.replace("lora_A", "lora_B")] @ state[name] for name in names])
+
+
 def mask_removed(model: Any, folder: Path) -> Tensor:
     if get_mask(model) is not None:
         remove_mask(model)
@@ -74,6 +82,7 @@ READERS: dict[str, Callable[[Any, Path], Tensor]] = {
     "merge_adapter": merged_and_unmerged,
     "merge_and_unload": lambda model, folder: without_gradients(model.merge_and_unload(), folder),
     "get_delta_weight": delta_weights,
+    "convert_to_lora": converted,
     "add_weighted_adapter": weighted,
     "deepcopy": lambda model, folder: without_gradients(copied(model), folder),
     "pickle": lambda model, folder: without_gradients(pickled(model), folder),

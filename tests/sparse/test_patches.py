@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoKrConfig, LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
@@ -265,3 +265,20 @@ def test_a_mask_that_no_longer_fits(change):
     remove_mask(model)
     assert {n for n, _ in model.named_parameters()} == set(mask)
     model(torch.tensor([1, 2])).sum().backward()
+
+
+@pytest.mark.parametrize("masked", [["head"], ["first"], ["first", "head"]], ids="+".join)
+def test_conversion_to_lora(masked):
+    """Guards against converted adapters that hold values in place of the tensors of a head."""
+    torch.manual_seed(0)
+    config = LoKrConfig(r=2, target_modules=["first"], modules_to_save=["last"], init_weights=False)
+    model = get_peft_model(Mlp(), config).eval()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    part = {name: "head" if ".last." in name else "first" for name in trained}
+    expected = convert_to_lora(model, rank=4)[1]
+    apply_mask(model, {n: p > 0 for n, p in trained.items() if part[n] in masked})
+    if "head" in masked:
+        with pytest.raises(ValueError, match=r"with modules_to_save to LoRA.*call remove_mask"):
+            convert_to_lora(model, rank=4)
+        remove_mask(model)
+    assert_close(convert_to_lora(model, rank=4)[1], expected)

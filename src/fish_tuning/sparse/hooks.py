@@ -10,9 +10,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from fish_tuning.engines import after_deepspeed_steps
+from fish_tuning.sparse.optimizers import check_optimizer
 from fish_tuning.sparse.state import MaskState, states
 
 
@@ -78,4 +82,5 @@ def _after_step(live: list[MaskState], stepped: set[int]) -> None:
         state.after_step(stepped)
 
 
+register_optimizer_step_pre_hook(check_optimizer)
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -33,6 +33,8 @@ def patch_model(state: MaskState, root: nn.Module) -> None:
         if isinstance(module, BaseTuner):
             patch(state, module, "_unload_and_optionally_merge", _unload)
             patch(state, module, "add_weighted_adapter", _read)
+        if isinstance(module, BaseTunerLayer):
+            patch(state, module, "supports_lora_conversion", _check_convertible)
         holds_masked = any(inner in state.by_module for inner in module.modules())
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and holds_masked:
             for name in ("merge", "unmerge", "get_delta_weight"):
@@ -83,6 +85,23 @@ def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs:
 def _read(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """PEFT reads tensors: values may have been written since the last forward pass."""
     state.update()
+    return original(module, name)(*args, **kwargs)
+
+
+def _check_convertible(
+    state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """PEFT asks this before it converts a model to LoRA, and then copies what it saves whole.
+
+    Raises:
+        ValueError: It would copy the values of a masked module in place of its tensors.
+    """
+    names = (t.name for t in state.tensors if t.num_selected < t.numel)
+    if whole := [each for each in names if ".modules_to_save." in each]:
+        raise ValueError(
+            f"PEFT cannot convert a masked adapter with modules_to_save to LoRA, because it copies "
+            f"the parameters of these modules, such as {whole[0]}: call remove_mask(model) first"
+        )
     return original(module, name)(*args, **kwargs)
 
 
