@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from fish_tuning.mask import FishMask
     from fish_tuning.packing import load_packed, pack, unpack
     from fish_tuning.scoring import (
+        FishScores,
         calculate_fisher_information,
+        compare_scores,
         score_with_perturbed_b,
     )
     from fish_tuning.selection import (
@@ -26,10 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "FishConfig",
     "FishMask",
+    "FishScores",
     "FishTuningCallback",
     "FishTuningTrainer",
     "apply_mask",
     "calculate_fisher_information",
+    "compare_scores",
     "create_mask_from_fisher",
     "get_fish_model",
     "get_mask",
@@ -46,10 +50,12 @@ __all__ = [
 _HOMES = {
     "FishConfig": "config",
     "FishMask": "mask",
+    "FishScores": "scoring",
     "FishTuningCallback": "trainer",
     "FishTuningTrainer": "trainer",
     "apply_mask": "sparse",
     "calculate_fisher_information": "scoring",
+    "compare_scores": "scoring",
     "create_mask_from_fisher": "selection",
     "get_fish_model": "fish_model",
     "get_mask": "sparse",

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fish_tuning
-from fish_tuning import FishMask
+from fish_tuning import FishMask, FishScores
 from fish_tuning.experiments.results import Results
 from tests.cli.running import (
     invoke,
@@ -205,9 +205,12 @@ def test_bad_configs(project, text, message):
         ("plan base_config.yaml --set model.name=no_config", "holds no config.json"),
         (
             "inspect nothing",
-            "nothing: is not a folder; name the folder of a mask, an adapter or a run",
+            "nothing: is not a folder; name the folder of a mask, scores, an adapter or a run",
         ),
-        ("inspect no_config", r"no_config: has no fish_mask\.json, nor do its subfolders; name"),
+        (
+            "inspect no_config",
+            r"no_config: has no fish_mask\.json and no fish_scores\.safetensors, nor do",
+        ),
         ("report no_config", r"results\.json: cannot be read .*name a results folder"),
         ("report data.csv", r"data\.csv: is not complete JSON"),
         ("report no_config only_config", "--output: is required for a report over 2 sweeps"),
@@ -558,16 +561,59 @@ def test_inspect(tmp_path, mask, inside):
         assert [row[1], *row[3:]] == expected
     assert cells[3] == ["-", "", "100.00%", "", "", "100.00%"]
     assert cells[4][-1] == f"{mask.density:.2%}"
-    assert (tmp_path / inside / "fish_mask.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_inspect_picture_elsewhere(tmp_path, mask):
-    """Guards --picture, for folders that nothing may be written to."""
+def test_inspect_draws_where_asked(tmp_path, mask):
+    """Guards against pictures that nobody asked for, which end up in folders that are pushed."""
     mask.save_pretrained(tmp_path / "mask")
-    before = listing(tmp_path / "mask")
+    before = listing(tmp_path)
+    assert invoke("inspect", tmp_path / "mask").exit_code == 0
+    assert listing(tmp_path) == before
     assert invoke("inspect", tmp_path / "mask", "--picture", tmp_path / "p.png").exit_code == 0
-    assert (tmp_path / "p.png").is_file()
-    assert listing(tmp_path / "mask") == before
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert listing(tmp_path / "mask").items() <= before.items()
+
+
+def test_inspect_without_matplotlib(tmp_path, mask, monkeypatch):
+    """Guards a table that fails for want of a picture, and a picture that fails after the table."""
+    mask.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert invoke("inspect", tmp_path).exit_code == 0
+    result = invoke("inspect", tmp_path, "--picture", tmp_path / "p.png")
+    assert result.exit_code == 2
+    assert "matplotlib is not installed; run: pip install" in result.stderr
+    assert not result.stdout
+
+
+def test_inspect_scores(tmp_path, mask):
+    """Guards the means that are shown, what made the scores, and their picture."""
+    scores = {name: torch.full(bits.shape, i + 1.0) for i, (name, bits) in enumerate(mask.items())}
+    FishScores(scores, provenance={"estimator": "true"}).save_pretrained(tmp_path / "scores")
+    result = invoke("inspect", tmp_path, "--picture", tmp_path / "p.svg")
+    assert result.exit_code == 0, result.output
+    assert "estimator: true" in result.stdout
+    assert [line for line in result.stdout.splitlines() if line.startswith("mean score")] == [
+        "mean score of A",
+        "mean score of B",
+        "mean score",
+    ]
+    for i in range(len(mask)):
+        assert f"{i + 1:.1e}" in result.stdout
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+
+
+def test_inspect_compares_scores(tmp_path, mask):
+    """Guards the comparison, and folders that hold a mask in place of scores."""
+    mask.save_pretrained(tmp_path / "mask")
+    scores = {name: torch.rand(bits.shape) for name, bits in mask.items()}
+    FishScores(scores).save_pretrained(tmp_path / "a")
+    result = invoke("inspect", tmp_path / "a", "--compare", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    assert "100.0%" in result.stdout and "1.000" in result.stdout
+    for words in (["a", "--compare", "mask"], ["mask", "--compare", "a"]):
+        result = invoke("inspect", *(w if w[0] == "-" else tmp_path / w for w in words))
+        assert result.exit_code == 2
+        assert "compares scores" in result.stderr or "has no fish_scores" in result.stderr
 
 
 def test_inspect_several_masks(tmp_path, mask):

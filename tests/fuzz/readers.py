@@ -21,8 +21,9 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
+from safetensors import safe_open
 
-from fish_tuning import FishMask
+from fish_tuning import FishMask, FishScores
 from fish_tuning.experiments.config.load import load_config
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import read_results, write_json
@@ -30,6 +31,7 @@ from fish_tuning.mask.files import BITS_FILE, JSON_FILE
 from fish_tuning.packing import pack
 from fish_tuning.packing.packed_file import FORMAT, PackedFile
 from fish_tuning.packing.read import unpacked_files
+from fish_tuning.scoring.scores import SCORES_FILE
 from tests.experiments.sweep_sample import make_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +166,38 @@ def _check_mask(content: tuple[bytes, bytes]) -> None:
         again = FishMask.from_pretrained(folder)
     assert again == mask and mask.summary()
     assert mask.num_trainable == sum(int(bits.sum()) for bits in mask.values())
+
+
+# Scores: one file
+
+
+@cache
+def _scores() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    torch.manual_seed(0)
+    tensors = {"a.lora_A.w": torch.rand(3, 5), "scalar": torch.rand(()), "empty": torch.rand(0, 2)}
+    with tempfile.TemporaryDirectory() as folder:
+        FishScores(tensors, provenance={"seed": 1}).save_pretrained(folder)
+        with safe_open(Path(folder) / SCORES_FILE, "pt") as file:
+            return tensors, json.loads(file.metadata()["fish_scores"])
+
+
+@st.composite
+def _scores_files(draw: Any) -> bytes:
+    tensors, record = _scores()
+    text = json.dumps(draw(altered(record)) if draw(st.booleans()) else record)
+    content = safetensors.torch.save(tensors, {"fish_scores": text})
+    return draw(damaged(content, b'0129,:{}[]"F3264')) if draw(st.booleans()) else content
+
+
+def _check_scores(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / SCORES_FILE).write_bytes(content)
+        try:
+            scores = FishScores.from_pretrained(folder)
+        except ValueError as error:
+            assert SCORES_FILE in str(error)
+            return
+    assert all(tensor.is_floating_point() for tensor in scores.values())
 
 
 # results.json
@@ -341,6 +375,7 @@ def _check_packed(content: bytes) -> None:
 
 FUZZERS = {
     "mask": Fuzzer(_masks, _check_mask),
+    "scores": Fuzzer(_scores_files, _check_scores),
     "results": Fuzzer(lambda: json_bytes(_results()), _check_results),
     "config": Fuzzer(_experiments, _check_config),
     "packed file": Fuzzer(_packed_files, _check_packed),

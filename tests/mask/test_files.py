@@ -256,10 +256,11 @@ def test_from_the_hub(mask, folder, monkeypatch):
     """Guards the repository, file, revision and token that are asked of the hub."""
     asked = []
 
-    def download(repo_id, filename, *, revision, token):
+    def download(repo_id, filename, *, revision, token, local_files_only):
         asked.append((repo_id, filename, revision, token))
         return str(folder / filename)
 
+    monkeypatch.setattr("fish_tuning.hub.ask_hub", lambda *args, **kwargs: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     loaded = FishMask.from_pretrained("someone/fish", revision="v1", token="secret")
     assert loaded == mask
@@ -276,6 +277,7 @@ def test_neither_a_folder_nor_on_the_hub(monkeypatch, error):
     def download(*args, **kwargs):
         raise error
 
+    monkeypatch.setattr("fish_tuning.hub.ask_hub", lambda *args, **kwargs: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(FileNotFoundError, match=rf"out/mask is not a local folder.*\({error}\)"):
         FishMask.from_pretrained("out/mask")

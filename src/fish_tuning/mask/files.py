@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,34 +78,6 @@ def write_mask(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[
     write_atomically(folder / BITS_FILE, safetensors.torch.save({"bits": torch.from_numpy(bits)}))
     # The record comes last: its hash vouches for the bits, so an interrupted save is noticed.
     write_atomically(folder / JSON_FILE, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def find_mask_file(
-    directory: str | os.PathLike[str], filename: str, revision: str | None, token: str | bool | None
-) -> Path:
-    """Find one of the two files in a local folder, or download it from the hub.
-
-    Raises:
-        FileNotFoundError: It is in neither place.
-    """
-    if (folder := Path(directory)).is_dir():
-        if not (path := folder / filename).is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist: {folder} holds no complete FISH mask. Name the folder "
-                "that FishMask.save_pretrained wrote."
-            )
-        return path
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(str(directory), filename, revision=revision, token=token))
-    # The hub raises ValueErrors for a bad id and OSErrors for a failed download.
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{directory} is not a local folder, and {filename} could not be downloaded from a "
-            f"hub repository of that name ({error}). Name the folder that FishMask.save_pretrained "
-            "wrote, or a repository that holds its files."
-        ) from error
 
 
 def read_mask(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fish_tuning.hub import find_file
 from fish_tuning.mask.files import (
     BITS_FILE,
     JSON_FILE,
     count,
-    find_mask_file,
     read_mask,
     unusable,
     write_mask,
@@ -151,8 +151,17 @@ class FishMask(Mapping[str, Tensor]):
             ValueError: A file is damaged, has another format version, or does not match the
                 other file.
         """
-        record_path = find_mask_file(directory, JSON_FILE, revision, token)
-        bits_path = find_mask_file(directory, BITS_FILE, revision, token)
+        record_path, bits_path = (
+            find_file(
+                directory,
+                name,
+                contents="FISH mask",
+                writer="FishMask.save_pretrained",
+                revision=revision,
+                token=token,
+            )
+            for name in (JSON_FILE, BITS_FILE)
+        )
         return cls.from_bytes(
             record_path.read_bytes(), bits_path.read_bytes(), record_path, bits_path
         )

@@ -32,7 +32,7 @@ def mean_over_examples(
     device: torch.device | str | None,
     num_samples: int | None,
     progress: bool,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], int]:
     """1/N sum_i sum_j |d loss_ij / d theta|^power, over examples i and the losses j of each.
 
     The model, its modes and the random number generators are left as they were.
@@ -46,7 +46,7 @@ def mean_over_examples(
         progress: Whether to show a progress bar.
 
     Returns:
-        The means by parameter name.
+        The means by parameter name, and the number of examples N.
 
     Raises:
         ValueError: `num_samples` is out of range, there is no example or no label, or the
@@ -85,7 +85,7 @@ def mean_over_examples(
     processes.add(sums.totals.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
-    return {name: total.div_(count) for name, total in sums.totals.items()}
+    return {name: total.div_(count) for name, total in sums.totals.items()}, count
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,7 +1,7 @@
 """Fisher information of every trainable parameter, from a model and a few batches."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.scoring.forward import Forward
 from fish_tuning.scoring.objective import LossFunction, Objective, check_choice
+from fish_tuning.scoring.scores import FishScores
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def calculate_fisher_information(
     loss_fn: LossFunction | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Tensor]:
+) -> FishScores:
     """Scores every trainable parameter by the diagonal of the Fisher information matrix.
 
     F_j = 1/N sum_i E_y (d log p(y | x_i) / d theta_j)^2, FISH-Tuning (arXiv 2504.04050)
@@ -79,7 +80,8 @@ def calculate_fisher_information(
 
     Returns:
         The scores by parameter name, as in `model.named_parameters()`. A score tensor has the
-        shape and device of its parameter, in float32 (float64 for float64 parameters).
+        shape and device of its parameter, in float32 (float64 for float64 parameters). Their
+        provenance says how they were made.
 
     Raises:
         ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
@@ -100,11 +102,22 @@ def calculate_fisher_information(
         loss_fn=loss_fn,
         seed=seed,
     )
-    scores = mean_over_examples(
+    scores, num_examples = mean_over_examples(
         parameters, objective, calibration_dataloader, device, num_samples, progress
     )
     _report_zeros(scores)
-    return scores
+    provenance = {
+        "model": getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        "estimator": estimator,
+        "statistic": statistic,
+        "num_examples": num_examples,
+        "label_samples": label_samples,
+        "token_reduction": token_reduction,
+        "own_loss_fn": loss_fn is not None,
+        "scoring_point": "start",
+        "seed": seed,
+    }
+    return FishScores(scores, provenance=provenance)
 
 
 def score_with_perturbed_b(
@@ -115,7 +128,7 @@ def score_with_perturbed_b(
     std: float = 1e-3,
     seed: int = 0,
     **options: Any,
-) -> dict[str, Tensor]:
+) -> FishScores:
     """Scores LoRA at its usual start, where B = 0 hides what A could do.
 
     Let y = W x + c B A x, and let G_i = d log p(y_i | x_i) / dW be the gradient of the full weight
@@ -161,6 +174,7 @@ def score_with_perturbed_b(
     for name in zero_sides:
         if (opposite := opposite_side(name)) in scores:
             scores[opposite] /= std**power
+    scores.provenance |= {"scoring_point": "perturbed", "std": std}
     return scores
 
 
@@ -191,7 +205,7 @@ def _zero_sides_perturbed(model: nn.Module, std: float, seed: int) -> Iterator[l
                 parameter.zero_()
 
 
-def _report_zeros(scores: dict[str, Tensor]) -> None:
+def _report_zeros(scores: Mapping[str, Tensor]) -> None:
     zeros = [name for name, score in scores.items() if not score.any()]
     if not zeros:
         return

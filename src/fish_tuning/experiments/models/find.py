@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fish_tuning.experiments.config.model import MINILM, ModelConfig
 from fish_tuning.experiments.errors import ConfigError, first_line
+from fish_tuning.hub import ask_hub
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-_HUB_SECONDS = 3.0
 
 
 def check_model(name: str, *, weights: bool = False) -> None:
@@ -66,17 +66,14 @@ def _check_folder(folder: Path, weights: bool) -> None:
 
 
 def _check_hub(name: str) -> None:
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     remedy = f"correct it, name a local folder, or use {MINILM}"
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        # One attempt: a download would retry for half a minute without a network.
-        HfApi().model_info(name, timeout=_HUB_SECONDS)
+        ask_hub(name)
     except HFValidationError:
         raise ConfigError(
             f"model.name: {name!r} is neither a folder nor a hub id; {remedy}"
@@ -87,8 +84,6 @@ def _check_hub(name: str) -> None:
         ) from None
     # The hub's HTTP clients have no common base class for network errors.
     except Exception as error:
-        if "Timeout" in type(error).__name__:
-            return  # The hub is slow, which is not the config's fault; the download waits longer.
         raise ConfigError(
             f"model.name: there is no folder {name!r}, and the hub cannot be asked for it "
             f"({first_line(error)}); {remedy}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from fish_tuning.experiments.results import TensorDensity, tensor_densities
@@ -71,3 +73,15 @@ def density_table(mask: FishMask) -> Table:
             for row, of_row in {**rows, "all": set(counts)}.items()
         ),
     )
+
+
+def picture_kind(path: str | os.PathLike[str]) -> str:
+    """The format that a picture's file name asks for: "png" or "svg".
+
+    Raises:
+        ValueError: The name has another ending.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"A picture is a .png or .svg file, and {str(path)!r} is neither.")
+    return kind

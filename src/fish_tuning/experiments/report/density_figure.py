@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fish_tuning.atomic import write_atomically
-from fish_tuning.experiments.report.density import count_by_place, short_names
+from fish_tuning.experiments.report.density import count_by_place, picture_kind, short_names
 from fish_tuning.experiments.report.style import WIDTH, figure_style, shorten
 from fish_tuning.experiments.results import TensorDensity, tensor_densities
 from fish_tuning.mask import FishMask
@@ -49,15 +49,20 @@ def density_figure(tensors: Iterable[TensorDensity]) -> Figure | None:
     if not densities:
         return None
     with figure_style():
-        figure = _heatmap(densities)
+        figure = heatmap(densities, "selected entries")
         if heads:
             names = ", ".join(place.module for place in heads)
             figure.supxlabel(f"trained in full: {shorten(names, 55)}", fontsize=9)
     return figure
 
 
-def _heatmap(densities: Mapping[Place, float]) -> Figure:
-    """Draw a panel per side, with a row per layer and a column per module."""
+def heatmap(densities: Mapping[Place, float], label: str) -> Figure:
+    """Draw fractions: a panel per side, with a row per layer and a column per module.
+
+    Args:
+        densities: The fraction at each place.
+        label: What the fraction is of.
+    """
     panels = {
         side: list(dict.fromkeys(place.module for place in densities if place.side == side))
         for side in _PANELS
@@ -94,7 +99,7 @@ def _heatmap(densities: Mapping[Place, float]) -> Figure:
         ["none" if layer is None else str(layer) for layer in layers[::every]],
     )
     all_axes[0].set_ylabel("layer")
-    _draw_color_bar(figure, mesh, all_axes)
+    _draw_color_bar(figure, mesh, all_axes, label)
     return figure
 
 
@@ -136,29 +141,38 @@ def _write_values(axes: Axes, values: np.ndarray, highest: float) -> None:
             )
 
 
-def _draw_color_bar(figure: Figure, mesh: QuadMesh, axes: Sequence[Axes]) -> None:
+def _draw_color_bar(figure: Figure, mesh: QuadMesh, axes: Sequence[Axes], label: str) -> None:
     bar = figure.colorbar(mesh, ax=axes, location="top", aspect=45, pad=0.02)
-    bar.set_label("selected entries")
+    bar.set_label(label)
     bar.ax.xaxis.set_major_locator(MaxNLocator(5))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}%"))
     bar.outline.set_visible(False)
 
 
 def save_mask_picture(mask: FishMask, path: str | os.PathLike[str]) -> None:
-    """Write a picture of a mask atomically: the selected fraction by layer and module.
-
-    Args:
-        mask: The mask.
-        path: A file that ends in `.png` or `.svg`.
+    """Write a picture of a mask: the selected fraction by layer and module.
 
     Raises:
-        ValueError: If the file has another ending, or the mask has no entries.
+        ValueError: The file has the wrong ending, or the mask has no entries.
     """
-    path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise ValueError(f"A mask's picture is a .png or .svg file, and {str(path)!r} is neither.")
-    figure = mask_figure(mask)
+    save_picture(mask_figure(mask), path)
+
+
+def mask_figure(mask: FishMask) -> Figure:
+    """Draw the selected fraction of a mask by layer and module."""
+    figure = density_figure(tensor_densities(mask))
+    if figure is None:
+        raise ValueError("The mask has no entries, so it has no picture.")
+    return figure
+
+
+def save_picture(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure atomically to a `.png` or `.svg` file.
+
+    Raises:
+        ValueError: The file has another ending.
+    """
+    kind = picture_kind(path)
     stream = io.BytesIO()
     with figure_style():
         figure.savefig(
@@ -168,12 +182,4 @@ def save_mask_picture(mask: FishMask, path: str | os.PathLike[str]) -> None:
             facecolor="white",
             metadata={"Date": None} if kind == "svg" else {"Software": None},
         )
-    write_atomically(path, stream.getvalue())
-
-
-def mask_figure(mask: FishMask) -> Figure:
-    """Draw the selected fraction of a mask by layer and module."""
-    figure = density_figure(tensor_densities(mask))
-    if figure is None:
-        raise ValueError("The mask has no entries, so it has no picture.")
-    return figure
+    write_atomically(Path(path), stream.getvalue())
