@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from fish_tuning.selection import (
         create_mask_from_fisher,
+        create_ranks_from_fisher,
         magnitude_scores,
         random_scores,
         reversed_scores,
@@ -35,6 +36,7 @@ __all__ = [
     "calculate_fisher_information",
     "compare_scores",
     "create_mask_from_fisher",
+    "create_ranks_from_fisher",
     "get_fish_model",
     "get_mask",
     "load_packed",
@@ -57,6 +59,7 @@ _HOMES = {
     "calculate_fisher_information": "scoring",
     "compare_scores": "scoring",
     "create_mask_from_fisher": "selection",
+    "create_ranks_from_fisher": "selection",
     "get_fish_model": "fish_model",
     "get_mask": "sparse",
     "load_packed": "packing",

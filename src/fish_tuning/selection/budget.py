@@ -29,7 +29,7 @@ def pool_and_quota(
             possible or not given exactly once.
     """
     patterns = patterns_of(names_to_exclude)
-    pool = {name: entries[name] for name in sorted(_not_matching(entries, patterns))}
+    pool = {name: entries[name] for name in sorted(not_matching(entries, patterns))}
     size = sum(pool.values())
     if not size:
         raise ValueError(
@@ -53,7 +53,12 @@ def patterns_of(names_to_exclude: Sequence[str] | str | None) -> list[str]:
     return [names_to_exclude] if isinstance(names_to_exclude, str) else [*(names_to_exclude or [])]
 
 
-def _not_matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def not_matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names in which none of the regular expressions is found.
+
+    Raises:
+        ValueError: A pattern is not a regular expression.
+    """
     compiled = []
     for pattern in patterns:
         try:
