@@ -17,6 +17,7 @@ from fish_tuning.scoring.objective import Objective
 from fish_tuning.scoring.padding import parts_by_length
 from fish_tuning.scoring.processes import Processes
 from fish_tuning.scoring.scorers import BatchScorer
+from fish_tuning.scoring.unpacking import Unpacker
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +67,16 @@ def mean_over_examples(
     scorer: BatchScorer | None = None
     count = 0
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
-    by_length = on_cpu and objective.divisible
+    unpack = Unpacker(objective.forward)
     with _evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
+            batch, most_tokens = unpack(batch)
             batch = _first(objective.forward.on_device(batch), num_samples, count)
             if scorer is None and objective.has_label(batch):
                 scorer = BatchScorer(objective, sums, batch)
             numbers = range(count, count + batch_size(batch))
             if scorer is not None and own:
-                for part, of_part in _parts(batch, numbers, by_length):
+                for part, of_part in _parts(batch, numbers, objective, on_cpu, most_tokens):
                     scorer.add(part, of_part)
             count = numbers.stop
             bar.update(len(numbers))
@@ -118,10 +120,17 @@ def _first(batch: Batch, num_samples: int | None, count: int) -> Batch:
 
 
 def _parts(
-    batch: Batch, numbers: Sequence[int], by_length: bool
+    batch: Batch,
+    numbers: Sequence[int],
+    objective: Objective,
+    on_cpu: bool,
+    most_tokens: int | None,
 ) -> Iterable[tuple[Batch, Sequence[int]]]:
     """The parts in which a batch is scored, with the numbers of their examples."""
-    return parts_by_length(batch, numbers, CPU_PART) if by_length else [(batch, numbers)]
+    most_examples = CPU_PART if on_cpu else None
+    if not objective.divisible or most_examples is most_tokens is None:
+        return [(batch, numbers)]
+    return parts_by_length(batch, numbers, most_examples, most_tokens)
 
 
 @contextmanager

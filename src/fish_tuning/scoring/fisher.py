@@ -49,6 +49,12 @@ def calculate_fisher_information(
     models, with -100 for positions without a label. The loss computed here is compared with the
     model's own; a model with a different loss is scored by its own, one example at a time.
 
+    Rows that hold several examples are scored by example: those of transformers'
+    `DataCollatorWithFlattening` and of TRL's `packing` and `padding_free`, where `position_ids`
+    start again, `seq_idx` changes or `cu_seq_lens_q` divides the row. The scores are those of
+    padded batches. If the examples of a row see each other in the model, they have no scores of
+    their own, and the batch is refused.
+
     The model is left as it was, even after an exception: training mode, gradients and the states
     of the random number generators. Dropout is off while scoring.
 
@@ -68,13 +74,15 @@ def calculate_fisher_information(
             y ~ p(y | x): exact for single-label and multi-label classification and regression,
             otherwise estimated from sampled labels.
         statistic: "squared", or "absolute" for the mean absolute gradient.
-        num_samples: How many examples to use; by default all.
+        num_samples: How many examples to use, which may end within a batch or a row; by default
+            all.
         label_samples: With the true estimator, how many labels to sample per example, even where
             the exact expectation is known. By default 1 where it is not known.
         token_reduction: The log-likelihood of an example with many labeled tokens: their "mean",
             as models are trained, or their "sum", which is log p of the whole sequence.
         loss_fn: For other models: `loss_fn(outputs, batch)` returns one loss per example, (b,).
-            `batch` is the whole batch on the model's device. It is not split when memory runs out.
+            `batch` is the whole batch on the model's device, with one example per row. It is not
+            split when memory runs out.
         seed: Seed of the sampled labels; every example has its own random stream.
         progress: Whether to show a progress bar.
 
@@ -85,7 +93,8 @@ def calculate_fisher_information(
 
     Raises:
         ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
-            a loss is not finite, or an argument is out of range; the parameters are sharded or
+            a loss is not finite, or an argument is out of range; rows hold several examples that
+            cannot be told apart or that see each other; the parameters are sharded or
             offloaded, or the processes have different models or batches.
         RuntimeError: Another process failed.
         torch.OutOfMemoryError: A single example does not fit in memory.

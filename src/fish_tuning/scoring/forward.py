@@ -46,6 +46,10 @@ class Forward:
         )
         self._dropped: set[str] = set()
 
+    def takes(self, key: str) -> bool:
+        """Whether the model's forward takes an argument of this name."""
+        return self._takes_any or key in self._named
+
     def on_device(self, batch: Batch | Tensor) -> Batch:
         """The batch with its tensors on the model's device."""
         device = device_of(self.model)

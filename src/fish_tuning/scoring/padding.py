@@ -9,7 +9,10 @@ from fish_tuning.scoring.batches import IGNORED, LABELS, Batch, take
 
 
 def parts_by_length(
-    batch: Batch, numbers: Sequence[int], size: int
+    batch: Batch,
+    numbers: Sequence[int],
+    most_examples: int | None,
+    most_tokens: int | None = None,
 ) -> Iterator[tuple[Batch, Sequence[int]]]:
     """Divides a padded batch into parts of similar length, most of which need less padding.
 
@@ -18,7 +21,9 @@ def parts_by_length(
     Args:
         batch: The batch.
         numbers: The number of each example in the calibration set.
-        size: The most examples in a part.
+        most_examples: The most examples in a part; any number if None.
+        most_tokens: The most tokens in a part, its padding included; any number if None. A part
+            has at least one example.
 
     Yields:
         Each part, and the numbers of its examples.
@@ -27,10 +32,16 @@ def parts_by_length(
     if lengths is None:
         yield batch, numbers
         return
-    rows = sorted(range(len(numbers)), key=lengths.__getitem__)
-    for start in range(0, len(rows), size):
-        of_part = rows[start : start + size]
-        yield take(batch, of_part), [numbers[row] for row in of_part]
+    parts: list[list[int]] = [[]]
+    for row in sorted(range(len(numbers)), key=lengths.__getitem__):
+        size = len(parts[-1]) + 1
+        too_many = most_examples is not None and size > most_examples
+        too_long = most_tokens is not None and size * lengths[row] > most_tokens
+        if parts[-1] and (too_many or too_long):
+            parts.append([])
+        parts[-1].append(row)
+    for rows in parts:
+        yield take(batch, rows), [numbers[row] for row in rows]
 
 
 def without_padding(batch: Batch) -> Batch:
