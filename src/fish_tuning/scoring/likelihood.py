@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fish_tuning.config import TokenReduction
 from fish_tuning.scoring.batches import IGNORED
+from fish_tuning.scoring.token_losses import labeled_chunks, precise, token_losses
 
 
 class Likelihood(Protocol):
@@ -54,11 +55,11 @@ class SingleLabel:
         )
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(_precise(logits), labels.long(), reduction="none")
+        return F.cross_entropy(precise(logits), labels.long(), reduction="none")
 
     def expectation(self, logits: Tensor, power: int) -> list[Tensor]:
         """Every class in turn, weighted by its probability: sum_c p_c |grad log p_c|^power."""
-        log_p = F.log_softmax(_precise(logits), -1)
+        log_p = F.log_softmax(precise(logits), -1)
         weights = log_p.detach().exp() ** (1 / power)
         return [-weights[:, c] * log_p[:, c] for c in range(logits.shape[1])]
 
@@ -89,16 +90,16 @@ class Tokens:
             and not labels.is_floating_point()
         )
 
-    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _aligned(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The label that the logits at each position predict, (b, t)."""
         # Prompt tuning puts virtual tokens before the labeled ones.
         labels = F.pad(labels.long(), (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
-        return (logits[:, :-1], labels[:, 1:]) if self.shifted else (logits, labels)
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits, labels = self._aligned(logits, labels)
-        losses = F.cross_entropy(
-            _precise(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        ).sum(1)
+        labels = self._aligned(logits, labels)
+        by_token = token_losses(logits.flatten(0, 1), labels.flatten(), IGNORED)
+        losses = by_token.view_as(labels).sum(1)
         if self.reduction == "sum":
             return losses
         return losses / (labels != IGNORED).sum(1).clamp(min=1)
@@ -108,16 +109,20 @@ class Tokens:
 
     def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         drawn = labels.clone()
-        logits, labels = self._aligned(logits, labels)
+        labels = self._aligned(logits, labels)
         labeled = labels != IGNORED
         # One number per labeled token, so that the labels do not depend on the padding.
         counts = labeled.sum(1).tolist()
         uniform = torch.cat(
             [torch.rand(n, generator=g) for n, g in zip(counts, generators, strict=True)]
         )
-        tokens = _inverse_cdf(logits[labeled], uniform)
+        of_token = logits.flatten(0, 1)
+        rows = labeled_chunks(labels.flatten(), logits.shape[-1], IGNORED)
+        parts = zip(rows, uniform.split([len(part) for part in rows]), strict=True)
+        tokens = torch.cat([_inverse_cdf(of_token[part], u) for part, u in parts])
         padded = torch.full_like(labels, IGNORED)
         padded[labeled] = tokens
+        padded = padded[:, :-1] if self.shifted else padded
         width = min(drawn.shape[1], padded.shape[1])
         drawn[:, drawn.shape[1] - width :] = padded[:, padded.shape[1] - width :]
         return drawn
@@ -131,7 +136,7 @@ class Regression:
         return logits.dim() == 2 and labels.numel() == logits.numel()
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = _precise(logits)
+        logits = precise(logits)
         return (logits - labels.reshape(logits.shape).to(logits.dtype)).square().mean(1)
 
     def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
@@ -139,12 +144,12 @@ class Regression:
         if power != 2:
             return None
         outputs = logits.shape[1]
-        return [(2 / outputs) ** 0.5 * _precise(logits)[:, c] for c in range(outputs)]
+        return [(2 / outputs) ** 0.5 * precise(logits)[:, c] for c in range(outputs)]
 
     def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         outputs = logits.shape[1]
         noise = torch.stack([torch.randn(outputs, generator=g) for g in generators])
-        mean = _precise(logits.detach())
+        mean = precise(logits.detach())
         deviation: float = (outputs / 2) ** 0.5
         return mean + deviation * noise.to(mean)
 
@@ -157,7 +162,7 @@ class MultiLabel:
         return logits.dim() == 2 and labels.shape == logits.shape and labels.is_floating_point()
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = _precise(logits)
+        logits = precise(logits)
         labels = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
 
@@ -165,14 +170,14 @@ class MultiLabel:
         """E_y (1 / C sum_c (p_c - y_c) grad f_c)^2 = 1 / C^2 sum_c p_c (1 - p_c) (grad f_c)^2."""
         if power != 2:
             return None
-        logits = _precise(logits)
+        logits = precise(logits)
         p = logits.detach().sigmoid()
         weights = (p * (1 - p)).sqrt() / logits.shape[1]
         return [weights[:, c] * logits[:, c] for c in range(logits.shape[1])]
 
     def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         uniform = torch.stack([torch.rand(logits.shape[1], generator=g) for g in generators])
-        p = _precise(logits.detach()).sigmoid()
+        p = precise(logits.detach()).sigmoid()
         return (uniform.to(p) < p).to(p.dtype)
 
 
@@ -192,12 +197,8 @@ def generator_of(seed: int, example: int, draw: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def _precise(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draws classes by uniform numbers in [0, 1): (n, C), (n,) -> (n,)."""
-    cdf = F.softmax(_precise(logits.detach()), -1).cumsum(-1)
+    cdf = F.softmax(precise(logits.detach()), -1).cumsum(-1)
     drawn = torch.searchsorted(cdf, uniform.to(cdf).unsqueeze(-1)).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
