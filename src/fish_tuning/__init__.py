@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from fish_tuning.config import FishConfig
     from fish_tuning.fish_model import get_fish_model
     from fish_tuning.mask import FishMask
-    from fish_tuning.packing import load_packed, pack, unpack
+    from fish_tuning.packing import load_packed, pack, save_as_peft_adapter, unpack
     from fish_tuning.scoring import (
         FishScores,
         calculate_fisher_information,
@@ -45,6 +45,7 @@ __all__ = [
     "random_scores",
     "remove_mask",
     "reversed_scores",
+    "save_as_peft_adapter",
     "score_with_perturbed_b",
     "unpack",
 ]
@@ -68,6 +69,7 @@ _HOMES = {
     "random_scores": "selection",
     "remove_mask": "sparse",
     "reversed_scores": "selection",
+    "save_as_peft_adapter": "packing",
     "score_with_perturbed_b": "scoring",
     "unpack": "packing",
 }

@@ -24,7 +24,7 @@ def write_new_folder_atomically(folder: Path, files: Mapping[str, bytes]) -> Non
 
     Args:
         folder: The folder; it must not exist, or be empty.
-        files: The contents of its files, by name.
+        files: The contents of its files, by name; "a/b" is b in the subfolder a.
 
     Raises:
         FileExistsError: Something of that name exists that is not an empty folder.
@@ -36,6 +36,7 @@ def write_new_folder_atomically(folder: Path, files: Mapping[str, bytes]) -> Non
     try:
         temporary.mkdir(parents=True)
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
         if folder.exists():
             folder.rmdir()

@@ -1,7 +1,7 @@
 """Parse parameter names: a parameter's layer, its module, its side of a LoRA pair."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _LORA = re.compile(r"(?:^|\.)lora_(?P<kind>(?:embedding_)?(?P<side>[AB]))(?:\.|$)")
@@ -91,6 +91,14 @@ def without_adapter(name: str) -> Iterator[tuple[str, str]]:
     for i, adapter in enumerate(parts[1:], 1):
         before = parts[: i - 1] if parts[i - 1] == "modules_to_save" else parts[:i]
         yield adapter, ".".join(before + parts[i + 1 :])
+
+
+def exactly(modules: Iterable[str]) -> str:
+    """A regular expression for PEFT's `target_modules` that matches these modules alone.
+
+    In a list, a name would also match as the end of another.
+    """
+    return "|".join(map(re.escape, modules))
 
 
 def _first_number(parts: list[str]) -> int | None:

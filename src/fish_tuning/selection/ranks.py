@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fish_tuning.names import kind_of, opposite_side
+from fish_tuning.names import exactly, kind_of, opposite_side
 from fish_tuning.selection.budget import not_matching, patterns_of
 
 _WRAPPER = "base_model.model."
@@ -81,8 +81,7 @@ def create_ranks_from_fisher(
     return {
         "r": highest,
         "lora_alpha": scaling * highest,
-        # One regular expression: in a list, a name would also match as the end of another.
-        "target_modules": "|".join(re.escape(name) for name in ranks),
+        "target_modules": exactly(ranks),
         "rank_pattern": {patterns[name]: rank for name, rank in ranks.items()},
         "alpha_pattern": {patterns[name]: scaling * rank for name, rank in ranks.items()},
     }
