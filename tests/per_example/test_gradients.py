@@ -180,6 +180,25 @@ def test_tied_embedding_and_head(caplog):
     assert not one_at_a_time(caplog)
 
 
+class Overwritten(nn.Module):
+    """Writes into the output of its embedding, as CTRL does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(V, D), nn.Linear(D, D)
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        hidden *= 3
+        return self.head(torch.tanh(hidden))
+
+
+def test_outputs_that_are_overwritten(indices, caplog):
+    """Guards batches after the first, where backward ends at the outputs nearest to the input."""
+    assert_naive(Overwritten().double(), *indices, size=2)
+    assert not one_at_a_time(caplog)
+
+
 class BehindItsBack(nn.Module):
     """Uses a module's weight without calling the module (and once with)."""
 

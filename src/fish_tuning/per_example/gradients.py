@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fish_tuning.per_example.accumulate import accumulate
 from fish_tuning.per_example.checks import (
@@ -34,7 +35,7 @@ class _Recording:
         size: The number of examples.
         progress: What earlier attempts at this batch have added.
         loss: The number of the loss that comes next.
-        roots: Outputs of watched modules whose inputs need no gradient: backward ends there.
+        roots: Where backward ends: the outputs of watched modules whose inputs need no gradient.
         shared: Modules called with one row for the whole batch, and their expanded outputs.
         expected: By bundle, the number of calls in the forward pass.
         arrived: By bundle, the calls that backward has reached.
@@ -43,7 +44,7 @@ class _Recording:
 
     def __init__(self, size: int, progress: Progress) -> None:
         self.size, self.progress, self.loss = size, progress, 0
-        self.roots: list[Tensor] = []
+        self.roots: list[GradientEdge] = []
         self.shared: list[tuple[nn.Module, Tensor]] = []
         self.expected: Counter[Bundle] = Counter()
         self.arrived: dict[Bundle, list[Call]] = defaultdict(list)
@@ -182,7 +183,7 @@ class PerExampleGradients:
 
     @torch.no_grad()
     def _backward(
-        self, total: Tensor, targets: Sequence[Tensor], retain_graph: bool
+        self, total: Tensor, targets: Sequence[Tensor] | Sequence[GradientEdge], retain_graph: bool
     ) -> tuple[Tensor | None, ...]:
         """Autograd's gradients of the targets; the hooks add the per-example ones meanwhile."""
         recording = self._recording
@@ -223,7 +224,9 @@ class PerExampleGradients:
             recording.shared.append((module, output))
         check_batch_axis(self._sources, module, x, recording.size)
         if not x.requires_grad:
-            recording.roots.append(output)
+            # Not the tensor: a model may overwrite it (CTRL scales its embeddings in place), and
+            # backward would end there, before it reaches this module.
+            recording.roots.append(get_gradient_edge(output))
         recording.expected.update(self._sources.bundles[module])
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
