@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fish_tuning.callback import FishTuningCallback
     from fish_tuning.config import FishConfig
     from fish_tuning.fish_model import get_fish_model
+    from fish_tuning.from_trainer import mask_trainer
     from fish_tuning.mask import FishMask
     from fish_tuning.packing import load_packed, pack, save_as_peft_adapter, unpack
     from fish_tuning.scoring import (
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
         reversed_scores,
     )
     from fish_tuning.sparse import apply_mask, get_mask, remove_mask
-    from fish_tuning.trainer import FishTuningCallback, FishTuningTrainer
+    from fish_tuning.trainer import FishTuningTrainer
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "get_mask",
     "load_packed",
     "magnitude_scores",
+    "mask_trainer",
     "pack",
     "random_scores",
     "remove_mask",
@@ -54,7 +57,7 @@ _HOMES = {
     "FishConfig": "config",
     "FishMask": "mask",
     "FishScores": "scoring",
-    "FishTuningCallback": "trainer",
+    "FishTuningCallback": "callback",
     "FishTuningTrainer": "trainer",
     "apply_mask": "sparse",
     "calculate_fisher_information": "scoring",
@@ -65,6 +68,7 @@ _HOMES = {
     "get_mask": "sparse",
     "load_packed": "packing",
     "magnitude_scores": "selection",
+    "mask_trainer": "from_trainer",
     "pack": "packing",
     "random_scores": "selection",
     "remove_mask": "sparse",

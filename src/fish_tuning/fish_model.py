@@ -10,7 +10,7 @@ from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
-from fish_tuning.scoring.objective import LossFunction
+from fish_tuning.scoring.objective import ExampleLoss, LossFunction
 from fish_tuning.selection.budget import pool_and_quota
 from fish_tuning.selection.criteria import magnitude_scores, random_scores, reversed_scores
 from fish_tuning.selection.select import create_mask_from_fisher
@@ -56,7 +56,7 @@ def score_and_select(
     config: FishConfig,
     calibration_dataloader: Iterable[Batch] | None,
     *,
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossFunction | ExampleLoss | None = None,
     progress: bool = True,
     provenance: Mapping[str, Any] | None = None,
 ) -> tuple[FishMask, dict[str, Tensor] | None]:
@@ -103,7 +103,7 @@ def _fisher_information(
     model: nn.Module,
     config: FishConfig,
     calibration_dataloader: Iterable[Batch] | None,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | ExampleLoss | None,
     progress: bool,
 ) -> dict[str, Tensor]:
     if calibration_dataloader is None:

@@ -61,7 +61,7 @@ def mean_over_examples(
     if device is not None:
         model.to(device)
     sums = GradientSums(parameters, objective.power)
-    processes = Processes(parameters)
+    processes = Processes(parameters, dividing=not objective.one_at_a_time)
     hidden = not progress or processes.rank > 0
     bar = tqdm(total=num_samples, desc="Fisher", unit="example", disable=hidden)
     scorer: BatchScorer | None = None

@@ -14,7 +14,7 @@ from fish_tuning.names import opposite_side, side_of
 from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.scoring.forward import Forward
-from fish_tuning.scoring.objective import LossFunction, Objective, check_choice
+from fish_tuning.scoring.objective import ExampleLoss, LossFunction, Objective, check_choice
 from fish_tuning.scoring.scores import FishScores
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def calculate_fisher_information(
     num_samples: int | None = None,
     label_samples: int | None = None,
     token_reduction: TokenReduction = "mean",
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossFunction | ExampleLoss | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FishScores:

@@ -9,7 +9,7 @@ from peft import PeftMixedModel
 from torch import Tensor, nn
 
 from fish_tuning.engines import device_of
-from fish_tuning.scoring.batches import LABELS, Batch
+from fish_tuning.scoring.batches import LABELS, Batch, OneExample
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class Forward:
     def on_device(self, batch: Batch | Tensor) -> Batch:
         """The batch with its tensors on the model's device."""
         device = device_of(self.model)
+        if isinstance(batch, OneExample):
+            return batch  # Its loss moves what it needs.
         if isinstance(batch, Tensor):
             batch = [batch]
 

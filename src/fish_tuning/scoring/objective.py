@@ -1,7 +1,7 @@
 """The losses whose gradients are scored: a batch -> one value per example."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.config import Estimator, TokenReduction
-from fish_tuning.scoring.batches import IGNORED, LABELS, Batch, batch_size, take
+from fish_tuning.scoring.batches import IGNORED, LABELS, Batch, OneExample, batch_size, take
 from fish_tuning.scoring.forward import Forward
 from fish_tuning.scoring.likelihood import (
     LIKELIHOODS,
@@ -22,6 +22,19 @@ from fish_tuning.scoring.padding import without_padding
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
+
+
+@dataclass(frozen=True)
+class ExampleLoss:
+    """A loss that calls the model itself, with one example at a time.
+
+    All processes score all examples, because the function may exchange numbers between them.
+
+    Attributes:
+        function: Takes the inputs of a `OneExample` and returns a scalar.
+    """
+
+    function: Callable[[Any], Tensor]
 
 
 class Objective:
@@ -52,7 +65,7 @@ class Objective:
         estimator: Estimator,
         label_samples: int | None,
         token_reduction: TokenReduction,
-        loss_fn: LossFunction | None,
+        loss_fn: LossFunction | ExampleLoss | None,
         seed: int,
     ) -> None:
         check_choice("estimator", estimator, get_args(Estimator))
@@ -74,6 +87,11 @@ class Objective:
         self._likelihood: Likelihood | None = None
 
     @property
+    def one_at_a_time(self) -> bool:
+        """Whether the loss is only known for one example at a time, whatever the model does."""
+        return isinstance(self._loss_fn, ExampleLoss)
+
+    @property
     def by_example(self) -> bool:
         """Whether a batch of several examples has a loss for each."""
         return self._loss_fn is not None or self._likelihood is not None
@@ -88,10 +106,10 @@ class Objective:
 
         An example whose labels are all -100 has no loss; it scores 0.
         """
-        labels = _labels_of(batch)
-        if self._loss_fn is not None or not _has_token_labels(labels):
+        if self._loss_fn is not None:
             return True
-        return bool((labels != IGNORED).any())
+        labels = _labels_of(batch)
+        return not _has_token_labels(labels) or bool((labels != IGNORED).any())
 
     def recognize(self, batch: Batch) -> None:
         """Calls the model with one example and finds out how its loss is computed.
@@ -153,6 +171,9 @@ class Objective:
         return losses
 
     def _losses(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
+        if isinstance(self._loss_fn, ExampleLoss):
+            assert isinstance(batch, OneExample)
+            return [self._loss_fn.function(batch.inputs).reshape(1)]
         size = batch_size(batch)
         if self._loss_fn is not None:
             loss = self._loss_fn(self.forward(batch, with_labels=False), batch)

@@ -29,10 +29,12 @@ class Processes:
 
     Args:
         parameters: The scored parameters by name; they have to be equal in all processes.
+        dividing: Whether the scoring is divided. Otherwise every process scores every batch.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, dividing: bool = True) -> None:
         self.rank, self.size = world()
+        self._dividing = dividing
         self._parameters = parameters
         self._seen = 0
 
@@ -73,7 +75,7 @@ class Processes:
 
     def add(self, sums: Iterable[Tensor]) -> None:
         """Replaces the sums of each process by those over all processes, in place."""
-        if self.size > 1:
+        if self.size > 1 and self._dividing:
             sum_over_processes(sums)
 
     def _start_alike(self) -> None:
@@ -89,7 +91,7 @@ class Processes:
         for number, batch in enumerate(batches):
             values = batch.values() if isinstance(batch, Mapping) else batch
             self._seen = checksum([values] if isinstance(values, Tensor) else values, self._seen)
-            yield number % self.size == self.rank, batch
+            yield not self._dividing or number % self.size == self.rank, batch
 
     def _gather(self, value: Any) -> list[Any]:
         return gather(value, next(iter(self._parameters.values())).device)

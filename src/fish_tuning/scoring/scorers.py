@@ -147,6 +147,8 @@ class OneByOne:
 
 def _scorer_for(objective: Objective, sums: GradientSums, batch: Batch) -> OnePass | OneByOne:
     """Recognizes the loss of one example, and chooses the scorer."""
+    if objective.one_at_a_time:
+        return OneByOne(objective, sums)
     try:
         gradients = PerExampleGradients(objective.forward.model, sums)
     except OnePassError as error:

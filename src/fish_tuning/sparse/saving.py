@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fish_tuning.mask.card import write_card
+from fish_tuning.mask.checkpoint import mask_folders, mask_of_checkpoint
 from fish_tuning.mask.files import JSON_FILE
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.adapter_names import belongs_to_adapter
@@ -75,17 +76,12 @@ def check_checkpoint(model: nn.Module, checkpoint: str) -> None:
         ValueError: It was trained with another.
         FileNotFoundError: It has no mask.
     """
-    adapters: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    folders = [Path(checkpoint), *(Path(checkpoint, adapter) for adapter in adapters)]
-    found: dict[str, Any] = {}
-    masked = [folder for folder in folders if (folder / JSON_FILE).is_file()]
-    for folder in masked or folders[:1]:
-        found |= FishMask.from_pretrained(str(folder))
     state = state_of(model)
-    if state is None or FishMask(found) != state.mask():
+    if state is None or mask_of_checkpoint(model, checkpoint) != state.mask():
+        folder = mask_folders(model, checkpoint)[0]
         raise ValueError(
             f"{checkpoint} was trained with another mask: resume with "
-            f"FishMask.from_pretrained({str((masked or folders)[0])!r}) as the mask"
+            f"FishMask.from_pretrained({str(folder)!r}) as the mask"
         )
 
 

@@ -1,0 +1,102 @@
+"""The loss that a Trainer trains with, for one example at a time."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import Trainer
+
+from fish_tuning.engines import device_of
+from fish_tuning.scoring.segments import find_segments
+
+
+def trains_on_model_loss(trainer: Any) -> bool:
+    """Whether a Trainer adds nothing to the loss that its model returns.
+
+    Then scoring can recognize the loss and needs one backward pass per batch. A subclass with a
+    `compute_loss` of its own may do anything.
+    """
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        return False
+    if "compute_loss" in vars(trainer):
+        return False
+    computing = type(trainer).compute_loss
+    if computing is Trainer.compute_loss:
+        return True
+    sft = getattr(sys.modules.get("trl.trainer.sft_trainer"), "SFTTrainer", None)
+    if sft is None or computing is not sft.compute_loss:
+        return False
+    return trainer.args.loss_type == "nll" and not trainer.aux_loss_enabled
+
+
+def loss_of_example(trainer: Any) -> Callable[[Any], Tensor]:
+    """The function from what the collator made of one example to the Trainer's loss of it.
+
+    It does what a training step does with a batch of this one example. The model's modes are left
+    alone, and the Trainer is changed: call it where it is `undisturbed`.
+    """
+    needs_count = _needs_count(trainer.compute_loss_func)
+
+    def loss(inputs: Any) -> Tensor:
+        inputs = send_to_device(trainer._prepare_inputs(inputs), device_of(trainer.model))
+        _check_not_packed(trainer, inputs)
+        count = None
+        if needs_count:
+            _, count = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
+        with trainer.compute_loss_context_manager():
+            value = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
+        return _checked(trainer, value)
+
+    return loss
+
+
+def _needs_count(compute_loss_func: Any) -> bool:
+    """Whether a `compute_loss_func` cannot do without the number of tokens.
+
+    Only then is it counted: losses without it are the mean over the example's own tokens, while
+    the Trainer's count may include a first token that nothing predicts.
+    """
+    if not callable(compute_loss_func):
+        return False
+    parameter = inspect.signature(compute_loss_func).parameters.get("num_items_in_batch")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def _check_not_packed(trainer: Any, inputs: Any) -> None:
+    """Checks that one item of the data set is one example.
+
+    Raises:
+        ValueError: It is a row that holds several.
+    """
+    segments = find_segments(inputs) if isinstance(inputs, Mapping) else None
+    if segments is not None and len(segments) > 1:
+        raise ValueError(
+            f"an item of the training data is a row that holds several examples, and the loss of "
+            f"{type(trainer).__name__} cannot be divided among them: set packing=False"
+        )
+
+
+def _checked(trainer: Any, value: Any) -> Tensor:
+    """The loss, if it is a scalar whose gradient autograd computes.
+
+    Raises:
+        ValueError: It is not.
+    """
+    name = type(trainer).__name__
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(
+            f"{name}.compute_loss returned {getattr(value, 'shape', value)} for one example: a "
+            "tensor with a single number is needed"
+        )
+    if value._backward_hooks:
+        # Of sentence-transformers: the hook runs backward passes of its own.
+        loss = type(getattr(trainer, "loss", None)).__name__
+        raise ValueError(
+            f"{name}'s loss ({loss}) computes its gradients in a hook, which scoring cannot see: "
+            "build the Trainer that you score with the loss of the same name without 'Cached', "
+            "and give yours FishTuningCallback(mask)"
+        )
+    return value
