@@ -358,6 +358,36 @@ def test_entries_that_cannot_be_divided():
         scored(model, rows)
 
 
+class NextToken(nn.Module):
+    """Every token sees itself and the one before it, whichever example that is of."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids, position_ids):
+        hidden = self.embedding(input_ids)
+        return self.head(hidden + F.pad(hidden[:, :-1], (0, 0, 1, 0)))
+
+
+def test_a_single_token_that_sees_another_example():
+    """Guards against an average over tokens: a short convolution joins examples at their ends."""
+    rows = flattened(examples_for(tiny_llama(), 4, shortest=9), 4)
+    with pytest.raises(ValueError, match="outputs of NextToken for an example change"):
+        scored(NextToken(), rows, loss_fn=lambda outputs, batch: outputs.sum((1, 2)))
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_half_precision_and_outputs_of_zero(build):
+    """Guards against refusing rows for rounding errors, or for a head that starts at 0."""
+    model = lora(build()).bfloat16()
+    rows = flattened(examples_for(model, 8), 4)
+    scored(model, rows)
+    model.get_base_model().get_output_embeddings().weight.data.zero_()
+    scored(model, rows)
+
+
 def test_outputs_without_tokens():
     """Guards models whose outputs cannot show that examples are independent."""
 
