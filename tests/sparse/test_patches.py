@@ -7,8 +7,10 @@ import pickle
 import pytest
 import torch
 from peft import IA3Config, LoKrConfig, LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fish_tuning import FishMask, apply_mask, get_mask, remove_mask
 from fish_tuning.sparse import is_masked, masked_parameters
@@ -282,3 +284,47 @@ def test_conversion_to_lora(masked):
             convert_to_lora(model, rank=4)
         remove_mask(model)
     assert_close(convert_to_lora(model, rank=4)[1], expected)
+
+
+def cast_around(model, to=torch.float64, back=torch.float32, no_grad=False):
+    """Has every linear layer compute in another type, as diffusers' layerwise casting does."""
+
+    def cast(layer, dtype):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not no_grad):
+            layer.to(dtype)
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, args: cast(layer, to))
+            layer.register_forward_hook(lambda layer, args, output: cast(layer, back))
+
+
+def gradients(model, mask):
+    """The gradients of the selected entries, of a masked model or a dense one."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: parameters[f"{name}_values"].grad.flatten()
+        if f"{name}_values" in parameters
+        else parameters[name].grad[bits].float()
+        for name, bits in mask.items()
+    }
+
+
+@pytest.mark.parametrize("no_grad", [False, True], ids=["grad", "no grad"])
+@pytest.mark.parametrize("how", ["whole", "part", "checkpointed"])
+def test_layers_cast_while_they_compute(how, no_grad):
+    """Guards against gradients that a cast in the middle of a pass keeps from the values."""
+    plain, masked = lora_mlp(), lora_mlp()
+    mask = random_mask(plain)
+    apply_mask(masked, mask)
+    x = inputs().double().requires_grad_()
+    for model in (plain, masked):
+        cast_around(model, no_grad=no_grad)
+        first = model.get_base_model().first
+        forward = first.forward
+        if how == "checkpointed":
+            first.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=True)
+        with disable_input_dtype_casting(model):
+            for _ in range(2):
+                (first if how == "part" else model)(x).square().sum().backward()
+    assert_close(gradients(masked, mask), gradients(plain, mask))

@@ -6,16 +6,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fish_tuning.sparse.state import MaskState, states
+from fish_tuning.sparse.state import states
 
-_BY_MATRIX = {
-    # PEFT's LoRA-FA and Riemannian optimizers multiply the A and B of a layer.
-    "LoraFAOptimizer",
-    "RiemannianPreconditionedOptimizer",
-    # Orthogonalizes every matrix.
-    "Muon",
-}
-"""Names of classes, because PEFT defines one of them inside a function."""
+_BY_MATRIX = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
+"""PEFT's multiply A and B, and Muon orthogonalizes. By name: PEFT defines one in a function."""
 
 
 def check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -31,16 +25,13 @@ def check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not kinds:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(_trains_parts(state, held) for state in states()):
-        raise ValueError(
-            f"{kinds.pop()} computes with whole matrices, but of a masked tensor only the selected "
-            "entries are trained, as a list of values: use an optimizer that treats each number "
-            "by itself, such as AdamW, or call remove_mask(model) and build the optimizer again"
-        )
-
-
-def _trains_parts(state: MaskState, held: set[int]) -> bool:
-    """Whether some of these parameters lie beside tensors that a mask selects in part."""
-    return any(t.num_selected < t.numel for t in state.tensors) and any(
-        id(p) in held for module in state.by_module for p in module._parameters.values()
-    )
+    for state in states():
+        parameters = (p for module in state.by_module for p in module._parameters.values())
+        is_partial = any(tensor.num_selected < tensor.numel for tensor in state.tensors)
+        if is_partial and any(id(p) in held for p in parameters):
+            raise ValueError(
+                f"{kinds.pop()} computes with whole matrices, but of a masked tensor only the "
+                "selected entries are trained, as a list of values: use an optimizer that treats "
+                "each number by itself, such as AdamW, or call remove_mask(model) and build the "
+                "optimizer again"
+            )

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fish_tuning.sparse.state import MaskState
+from fish_tuning.sparse.state_dict import owned
 from fish_tuning.sparse.storage import MaskedTensor, values_name
 
 
@@ -69,14 +71,21 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Casts and moves: PyTorch makes tensors of masked buffers that are leaves no longer."""
+    """Casts and moves: PyTorch replaces buffers, whose gradients have to reach the values."""
+    before = dict(module._buffers)
     result = original(module, name)(*args, **kwargs)
-    for tensor in state.by_module.get(module, []):
-        for place in tensor.places:
-            held = place.module._buffers.get(place.attribute)
-            if held is not None and not held.is_leaf:
-                leaf = held.detach().requires_grad_(held.requires_grad)
-                place.module._buffers[place.attribute] = leaf
+    for tensor, view, place in owned(state, module):
+        was, held = (buffers.get(place.attribute) for buffers in (before, module._buffers))
+        if was is None or held is None or held is was or not was.requires_grad:
+            continue
+        if was.grad_fn is not None:
+            # In a forward pass, maybe without gradients: diffusers casts layers as they compute.
+            with torch.enable_grad():
+                module._buffers[place.attribute] = was.to(held)
+        else:
+            leaf = held.detach().requires_grad_()
+            tensor.receive_from(view, leaf)
+            module._buffers[place.attribute] = leaf
     if module is state.root():
         state.update()
     return result

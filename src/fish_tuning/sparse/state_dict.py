@@ -31,7 +31,8 @@ def hook_state_dict(state: MaskState, module: nn.Module) -> None:
     ]
 
 
-def _owned(state: MaskState, module: nn.Module) -> Iterator[tuple[MaskedTensor, View, Place]]:
+def owned(state: MaskState, module: nn.Module) -> Iterator[tuple[MaskedTensor, View, Place]]:
+    """The masked tensors that a module holds, each with its view and place there."""
     for tensor in state.by_module.get(module, []):
         for view in tensor.views:
             for place in view.places:
@@ -48,7 +49,7 @@ def _after_save(
     state: MaskState, module: nn.Module, saved: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
     checksums = {}
-    for tensor, view, place in _owned(state, module):
+    for tensor, view, place in owned(state, module):
         if FSDP_PREFIX not in prefix:
             # FullyShardedDataParallel asserts that every parameter is there.
             saved.pop(prefix + values_name(place.attribute), None)
@@ -97,7 +98,7 @@ def _before_load(
     # Values written before are older than what is loaded.
     state.update(module)
     checksums = metadata.get(_METADATA, {})
-    for tensor, _, place in _owned(state, module):
+    for tensor, _, place in owned(state, module):
         if prefix + place.attribute in loaded:
             # FullyShardedDataParallel has them saved; the tensors say it all.
             loaded.pop(prefix + values_name(place.attribute), None)
@@ -111,7 +112,7 @@ def _before_load(
 
 
 def _after_load(state: MaskState, module: nn.Module, incompatible_keys: Any) -> None:
-    names = {values_name(place.attribute) for _, _, place in _owned(state, module)}
+    names = {values_name(place.attribute) for _, _, place in owned(state, module)}
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if key.rpartition(".")[2] not in names]
     state.update(module)

@@ -149,6 +149,33 @@ class MaskedTensor:
         bits[self.group.index[self.selected].long().cpu() - self.entries.start] = True
         return bits
 
+    def receive_from(self, view: View, leaf: Tensor) -> None:
+        """Have the gradients of a leaf that places of a view hold passed on to the values."""
+        requires_grad = leaf.requires_grad
+        # Hooks need a leaf that requires gradients, now or later.
+        leaf.requires_grad_().register_post_accumulate_grad_hook(_receiver(self, view))
+        leaf.requires_grad_(requires_grad)
+
+    def receive(self, view: View, leaf: Tensor) -> None:
+        """Pass a gradient that reached a leaf on to the values.
+
+        It did not pass through the group's node: a part of the model was called by itself, or
+        checkpointing with reentrance ran a layer a second time, in the backward pass.
+        """
+        gradient, leaf.grad = leaf.grad, None
+        values = self.values
+        if gradient is None or self.group is None or not values.requires_grad:
+            return
+        if is_sharded(values):
+            raise RuntimeError(
+                f"a gradient reached {self.name} outside of a forward pass of the masked model, "
+                "which fully_shard does not allow: call the model that was masked, and checkpoint "
+                "with use_reentrant=False"
+            )
+        positions = self.group.index[self.selected].long() - self.entries.start
+        selected = view.flatten(gradient)[positions].view(self.values_shape).to(values)
+        values.grad = selected if values.grad is None else values.grad + selected
+
     @cached_property
     def checksum(self) -> int:
         """CRC-32 of which entries are selected, which never changes."""
@@ -198,12 +225,7 @@ class Group:
         for tensor in self.tensors:
             tensor.group = self
             for view in tensor.views:
-                # Hooks need a leaf that requires gradients, now or later.
-                leaf, requires_grad = view.leaf, view.leaf.requires_grad
-                leaf.requires_grad_().register_post_accumulate_grad_hook(
-                    _receiver(self, tensor, view)
-                )
-                leaf.requires_grad_(requires_grad)
+                tensor.receive_from(view, view.leaf)
 
     def view(self, tensor: MaskedTensor, view: View) -> Tensor:
         """A view of a masked tensor as it lies in the storage."""
@@ -247,26 +269,6 @@ class Group:
             view.install(output)
         return views
 
-    def receive(self, tensor: MaskedTensor, view: View) -> None:
-        """Pass a gradient that reached a leaf on to the values.
-
-        It did not pass through the group's node: a part of the model was called by itself, or
-        checkpointing with reentrance ran a layer a second time, in the backward pass.
-        """
-        gradient, view.leaf.grad = view.leaf.grad, None
-        values = tensor.values
-        if gradient is None or not values.requires_grad:
-            return
-        if is_sharded(values):
-            raise RuntimeError(
-                f"a gradient reached {tensor.name} outside of a forward pass of the masked model, "
-                "which fully_shard does not allow: call the model that was masked, and checkpoint "
-                "with use_reentrant=False"
-            )
-        positions = self.index[tensor.selected].long() - tensor.entries.start
-        selected = view.flatten(gradient)[positions].view(tensor.values_shape)
-        values.grad = selected if values.grad is None else values.grad + selected
-
     def selected_gradients(
         self, tensors: list[MaskedTensor], gradients: Iterable[Tensor | None]
     ) -> list[Tensor | None]:
@@ -289,14 +291,14 @@ class Group:
         ]
 
 
-def _receiver(group: Group, tensor: MaskedTensor, view: View) -> Callable[[Tensor], None]:
+def _receiver(tensor: MaskedTensor, view: View) -> Callable[[Tensor], None]:
     """A hook that keeps nothing alive: garbage collection does not look into tensors' hooks."""
-    to_group, to_tensor, to_view = weakref.ref(group), weakref.ref(tensor), weakref.ref(view)
+    to_tensor, to_view = weakref.ref(tensor), weakref.ref(view)
 
     def hook(leaf: Tensor) -> None:
-        group, tensor, view = to_group(), to_tensor(), to_view()
-        if group is not None and tensor is not None and view is not None:
-            group.receive(tensor, view)
+        tensor, view = to_tensor(), to_view()
+        if tensor is not None and view is not None:
+            tensor.receive(view, leaf)
 
     return hook
 
