@@ -15,11 +15,13 @@ from torch._dynamo import OptimizedModule
 from transformers import Trainer, TrainerCallback
 
 from fish_tuning import (
+    FishConfig,
     FishMask,
     FishTuningCallback,
     FishTuningTrainer,
     apply_mask,
     get_mask,
+    mask_trainer,
     remove_mask,
 )
 from tests.models import (
@@ -373,6 +375,68 @@ def test_training_goes_on_from_the_best_model(tmp_path):
     for name in mask:
         expected = tensor_of(twin, name)
         torch.testing.assert_close(tensor_of(model, name), expected, rtol=1e-5, atol=1e-6)
+
+
+# A config in the place of a mask
+
+
+class Weighted(FishTuningTrainer):
+    """A subclass that needs an attribute of its own for its loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weights = torch.tensor([0.5, 1.0, 2.0])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], self.weights)
+
+
+def configured(folder, kind=FishTuningTrainer, model=None, **settings):
+    model = lora_bert() if model is None else model
+    return kind(
+        model=model,
+        args=arguments(folder, **settings),
+        train_dataset=data_for(model),
+        fish_config=FishConfig(keep_ratio=0.3, num_samples=5),
+    )
+
+
+@pytest.mark.parametrize("kind", [FishTuningTrainer, Weighted])
+def test_a_config_masks_when_training_starts(kind, tmp_path):
+    """Guards subclasses whose loss needs more than Trainer's constructor has set."""
+    trainer = configured(tmp_path, kind)
+    before = tensors_of(trainer.model, trainable(trainer.model))
+    assert get_mask(trainer.model) is None
+    trainer.train()
+    mask = get_mask(trainer.model)
+    assert_trained_where_selected(trainer.model, mask, before)
+    twin = configured(tmp_path / "twin", kind)
+    assert mask_trainer(twin, twin.fish_config, progress=False) == mask
+    twin.train()  # It has a mask already.
+
+
+def test_a_config_resumes_with_the_mask_of_the_checkpoint(tmp_path, monkeypatch):
+    """Guards against another selection after a restart from another start."""
+    trainer = configured(tmp_path, save_strategy="steps", save_steps=KILLED_AT)
+    trainer.train()
+    checkpoint = tmp_path / f"checkpoint-{KILLED_AT}"
+    monkeypatch.setattr("fish_tuning.trainer.mask_trainer", None)  # Nothing is scored again.
+    other = with_lora(tiny_bert(), seed=7, init_lora_weights=False, lora_dropout=0.1)
+    resumed = configured(tmp_path, model=other)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert get_mask(other) == get_mask(trainer.model)
+    assert get_mask(other).provenance == get_mask(trainer.model).provenance
+    for name in get_mask(other):
+        assert torch.equal(tensor_of(other, name), tensor_of(trainer.model, name)), name
+
+
+def test_a_config_beside_a_mask(tmp_path):
+    """Guards against one of the two that is silently ignored."""
+    model = lora_bert()
+    apply_mask(model, random_mask(model))
+    with pytest.raises(ValueError, match="give fish_config or a mask"):
+        configured(tmp_path, model=model)
 
 
 # Errors

@@ -75,13 +75,13 @@ def seq2seq(folder, **args):
     return Seq2SeqTrainer(model=model, args=settings, train_dataset=data, data_collator=collator)
 
 
-def trl_trainer(name, folder, columns, model=None, args=None, **options):
+def trl_trainer(name, folder, columns, model=None, args=None, train_dataset=None, **options):
     trl = pytest.importorskip("trl")
     settings = {"max_length": 24, "bf16": False, **(args or {})}
     return getattr(trl, f"{name}Trainer")(
         model=causal() if model is None else model,
         args=arguments(folder, getattr(trl, f"{name}Config"), **settings),
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=train_dataset or Dataset.from_dict(columns),
         processing_class=tiny_tokenizer(),
         **options,
     )
