@@ -1,17 +1,45 @@
 """What a batch is: how many examples it has, and taking some of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Batch = Mapping[str, Any] | Sequence[Any]
-"""A mapping of forward arguments and labels, or a sequence of the input and the labels."""
+"""A mapping of forward arguments and labels, or a sequence of the input and the labels. Values may
+be nested mappings and lists."""
 
 LABELS = "labels"
 
 IGNORED = -100
-"""The label of tokens that are not part of the likelihood."""
+"""The label of what is not part of the likelihood: of tokens, or of whole examples."""
+
+# Their first axis is the batch. That of pixels may be images, tiles or patches.
+_BY_EXAMPLE = (LABELS, "input_ids", "attention_mask")
+
+
+class Ragged:
+    """The rows of a tensor by example: an example may have any number of them.
+
+    Args:
+        parts: The rows of each example.
+    """
+
+    def __init__(self, parts: Iterable[Tensor]) -> None:
+        self.parts = tuple(parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no example has a row."""
+        return not any(len(part) for part in self.parts)
+
+    def joined(self) -> Tensor:
+        """The rows of all examples in one tensor."""
+        return torch.cat(self.parts)
 
 
 class OneExample(Sequence[Any]):
@@ -43,29 +71,99 @@ def batch_size(batch: Batch) -> int:
     """
     if isinstance(batch, OneExample):
         return 1
-    values = [*batch.values()] if isinstance(batch, Mapping) else [*batch]
-    if isinstance(batch, Mapping) and isinstance(batch.get(LABELS), Tensor):
-        values.insert(0, batch[LABELS])
+    if isinstance(batch, Mapping):
+        labels = batch.get(LABELS)
+        if isinstance(labels, list | tuple):
+            return len(labels)
+        values = [batch.get(key) for key in _BY_EXAMPLE] + [*batch.values()]
+    else:
+        values = [*batch]
     for value in values:
+        if isinstance(value, Mapping) and _has_rows(value):
+            return batch_size(value)
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)
-    names = f"keys {', '.join(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} items"
-    raise ValueError(f"no tensor in a calibration batch: {names}")
+    raise ValueError(
+        f"no tensor in a calibration batch ({described(batch)}): tokenize the texts and collate "
+        "them into tensors"
+    )
 
 
 def take(batch: Batch, rows: slice | Sequence[int]) -> Batch:
-    """The examples in these rows; values without one entry per example stay as they are."""
-    if isinstance(batch, OneExample):
-        return batch
+    """The examples in these rows; what all examples share stays as it is.
+
+    Raises:
+        ValueError: It is not known which rows of a tensor belong to which example.
+    """
     size = batch_size(batch)
-
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
-            return value[rows]
-        if isinstance(value, list | tuple) and len(value) == size:
-            return value[rows] if isinstance(rows, slice) else [value[row] for row in rows]
-        return value
-
+    if size == 1:
+        return batch
     if isinstance(batch, Mapping):
-        return {key: part(value) for key, value in batch.items()}
-    return [part(value) for value in batch]
+        return {key: _part(key, value, size, rows) for key, value in batch.items()}
+    return [_part(f"item {i}", value, size, rows) for i, value in enumerate(batch)]
+
+
+def with_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A value in which `function` has replaced every tensor, also inside mappings and lists."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: with_tensors(v, function) for key, v in value.items()}
+    if isinstance(value, Ragged):
+        return Ragged([with_tensors(v, function) for v in value.parts])
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(with_tensors(v, function) for v in value)
+    return value
+
+
+def described(batch: Any) -> str:
+    """The entries of a batch and their shapes, for messages."""
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_shape(value)}" for key, value in batch.items())
+    if isinstance(batch, list | tuple):
+        return ", ".join(_shape(value) for value in batch)
+    return _shape(batch)
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, list | tuple | Ragged):
+        return f"{type(value).__name__} of {len(value)}".lower()
+    return type(value).__name__
+
+
+def _part(key: str, value: Any, size: int, rows: slice | Sequence[int]) -> Any:
+    """The rows of one entry of a batch of `size` examples."""
+    if isinstance(value, Mapping):
+        return {inner: _part(inner, v, size, rows) for inner, v in value.items()}
+    if isinstance(value, Ragged):
+        return Ragged(_rows(value.parts, rows))
+    if isinstance(value, list | tuple):
+        by_example = len(value) == size
+        return _rows(value, rows) if by_example else [_part(key, v, size, rows) for v in value]
+    return _part_of_tensor(key, value, size, rows) if isinstance(value, Tensor) else value
+
+
+def _part_of_tensor(key: str, value: Tensor, size: int, rows: slice | Sequence[int]) -> Tensor:
+    if key == "position_ids" and value.dim() == 3 and value.shape[1] == size:
+        return value[:, rows]  # M-RoPE: positions in time, height and width.
+    if value.dim() > 0 and len(value) == size:
+        return value[rows]
+    if value.dim() > 1 and len(value) > 1:
+        raise ValueError(
+            f"{key} has {len(value)} rows for {size} examples, and it is not known which belong to "
+            "which example: use batches of one example (batch_size=1)"
+        )
+    return value
+
+
+def _rows(values: Sequence[Any], rows: slice | Sequence[int]) -> Sequence[Any]:
+    return values[rows] if isinstance(rows, slice) else [values[row] for row in rows]
+
+
+def _has_rows(batch: Mapping[str, Any]) -> bool:
+    return any(
+        _has_rows(value) if isinstance(value, Mapping) else getattr(value, "ndim", 0) > 0
+        for value in batch.values()
+    )

@@ -16,6 +16,7 @@ from fish_tuning.scoring.batches import Batch, batch_size, take
 from fish_tuning.scoring.objective import Objective
 from fish_tuning.scoring.padding import parts_by_length
 from fish_tuning.scoring.processes import Processes
+from fish_tuning.scoring.reading import check_loader
 from fish_tuning.scoring.scorers import BatchScorer
 from fish_tuning.scoring.unpacking import Unpacker
 
@@ -57,6 +58,7 @@ def mean_over_examples(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: must be at least 1, or None")
+    check_loader(calibration_dataloader)
     model = objective.forward.model
     if device is not None:
         model.to(device)
@@ -70,7 +72,7 @@ def mean_over_examples(
     unpack = Unpacker(objective.forward)
     with _evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
-            batch, most_tokens = unpack(batch)
+            batch, most_tokens = unpack(objective.read(batch))
             batch = _first(objective.forward.on_device(batch), num_samples, count)
             if scorer is None and objective.has_label(batch):
                 scorer = BatchScorer(objective, sums, batch)

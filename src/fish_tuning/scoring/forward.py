@@ -2,24 +2,27 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args, is_typeddict
 
+import torch
 from peft import PeftMixedModel
 from torch import Tensor, nn
 
 from fish_tuning.engines import device_of
-from fish_tuning.scoring.batches import LABELS, Batch, OneExample
+from fish_tuning.scoring.batches import LABELS, Batch, Ragged, described, with_tensors
+from fish_tuning.scoring.outputs import logits_of
+from fish_tuning.scoring.positions import (
+    is_padded_left,
+    positions_from_mask,
+    skipping_padding_helps,
+)
+from fish_tuning.scoring.reading import read_batch
 
 logger = logging.getLogger(__name__)
 
-
-def _base_of(model: Any) -> Any:
-    """The model inside PEFT's wrappers."""
-    if isinstance(model, PeftMixedModel):
-        return model.base_model.model
-    get_base_model = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class Forward:
@@ -33,53 +36,119 @@ class Forward:
         self.model = model
         self.base: Any = _base_of(model)
         parameters = inspect.signature(self.base.forward).parameters
-        self._named = {
-            name
-            for name, parameter in parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        self._named = [name for name, p in parameters.items() if p.kind in _NAMED]
+        self._required = {
+            name for name in self._named if parameters[name].default is inspect.Parameter.empty
         }
-        self._takes_any = not self._named
+        self._takes_any, declared = _keywords(parameters.values())
         # An argument of PEFT's wrapper, which does not pass it on to the base model.
-        self._named |= {"task_ids"} & inspect.signature(model.forward).parameters.keys()
-        self._labels_required = (
-            LABELS in parameters and parameters[LABELS].default is inspect.Parameter.empty
-        )
+        own = {"task_ids"} & inspect.signature(model.forward).parameters.keys()
+        self._taken = {*self._named, *declared, *own}
+        self._refused: set[str] = set()
         self._dropped: set[str] = set()
+        self._labels_needed = LABELS in self._required
+        self._skipping_helps: bool | None = None
 
     def takes(self, key: str) -> bool:
         """Whether the model's forward takes an argument of this name."""
-        return self._takes_any or key in self._named
+        return (self._takes_any or key in self._taken) and key not in self._refused
 
-    def on_device(self, batch: Batch | Tensor) -> Batch:
+    def read(self, value: Any, *, only_labels: bool = True) -> Batch:
+        """What a loader yields as a batch.
+
+        Args:
+            value: What the loader yields.
+            only_labels: As in `read_batch`.
+
+        Raises:
+            ValueError: It is not certain what the items of the batch mean.
+        """
+        batch = read_batch(value, self._named, self.takes(LABELS), only_labels=only_labels)
+        if not only_labels and not isinstance(batch, Mapping) and len(batch) > 2:
+            self._check_takes_one(batch)
+        return batch
+
+    def on_device(self, batch: Batch) -> Batch:
         """The batch with its tensors on the model's device."""
         device = device_of(self.model)
-        if isinstance(batch, OneExample):
-            return batch  # Its loss moves what it needs.
-        if isinstance(batch, Tensor):
-            batch = [batch]
-
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        if isinstance(batch, Mapping):
-            return {key: move(value) for key, value in batch.items()}
-        return [move(value) for value in batch]
+        moved: Batch = with_tensors(batch, lambda tensor: tensor.to(device))
+        return moved
 
     def __call__(self, batch: Batch, *, with_labels: bool) -> Any:
-        """The model's outputs, with its own loss only if `with_labels`."""
+        """The model's outputs, with its own loss only if `with_labels`.
+
+        Raises:
+            ValueError: The batch lacks an argument that the model needs.
+        """
         if not isinstance(batch, Mapping):
             return self.model(batch[0])
-        arguments = {k: v for k, v in batch.items() if self._takes_any or k in self._named}
-        self._report_dropped(batch.keys() - arguments.keys() - {LABELS})
-        if not with_labels and not self._labels_required and LABELS in arguments:
+        arguments = self._arguments(batch)
+        if not with_labels and not self._labels_needed and LABELS in arguments:
             # The model would compute a loss over the whole vocabulary that nobody reads.
             self._remove_labels(arguments)
+        if self._skips_padding(batch, arguments):
+            arguments["position_ids"] = positions_from_mask(arguments["attention_mask"])
+        return self._call(arguments)
+
+    def leave_labels_out_only_if_equal(self, batch: Batch, logits: Any) -> None:
+        """Compares the logits without labels with those that a batch has with labels.
+
+        A forward of the caller's own may need labels to compute what it returns. Afterwards labels
+        are always passed if it does.
+        """
+        if self._labels_needed or type(self.base).forward.__module__.startswith("transformers."):
+            return
+        try:
+            with torch.no_grad():
+                found = logits_of(self(batch, with_labels=False))
+            same = isinstance(found, Tensor) and found.shape == logits.shape
+            self._labels_needed = not (same and torch.equal(found, logits))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            self._labels_needed = True
+
+    def _arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries that the model takes, and no cache."""
+        taken = {key: value for key, value in batch.items() if self.takes(key)}
+        missing = self._required - taken.keys()
+        if missing or not taken.keys() - {LABELS}:
+            needs = ", ".join(sorted(missing)) or "an input"
+            raise ValueError(
+                f"{type(self.base).__name__}.forward needs {needs}, which the calibration batches "
+                f"do not have ({described(batch)}): tokenize texts, and name the entries as the "
+                "arguments of forward, or give pairs (input, labels)"
+            )
+        self._report_dropped(batch.keys() - taken.keys() - {LABELS})
+        arguments = {
+            key: value.joined() if isinstance(value, Ragged) else value
+            for key, value in taken.items()
+            if not (isinstance(value, Ragged) and value.is_empty)
+        }
         if "use_cache" in self._named:
             arguments.setdefault("use_cache", False)
-        if _padded_left(arguments) and self._counts_positions_from_mask():
-            mask = arguments["attention_mask"]
-            arguments.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-        return self.model(**arguments)
+        return arguments
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        """Calls the model; keywords that something below its forward refuses are dropped."""
+        while True:
+            try:
+                return self.model(**arguments)
+            except TypeError as error:
+                # "got an unexpected keyword argument 'x'", or "multiple values for" it.
+                found = re.search(r"keyword argument '(\w+)'", str(error))
+                key = found[1] if found else ""
+                if not self._takes_any or key in self._named or key not in arguments:
+                    raise
+            self._refused.add(key)
+            self._report_dropped({key})
+            del arguments[key]
+
+    def _check_takes_one(self, items: Sequence[Any]) -> None:
+        if self._takes_any or len(self._named) != 1:
+            raise ValueError(
+                f"a calibration batch has {len(items)} items without names, and "
+                f"{type(self.base).__name__}.forward takes more than one: give mappings, "
+                "{'input_ids': ..., 'attention_mask': ..., 'labels': ...}"
+            )
 
     def _remove_labels(self, arguments: dict[str, Any]) -> None:
         encoder_decoder = getattr(getattr(self.base, "config", None), "is_encoder_decoder", False)
@@ -91,12 +160,24 @@ class Forward:
                 labels=labels
             )
 
-    def _counts_positions_from_mask(self) -> bool:
-        """Whether `generate` gives this model position ids that skip padding on the left."""
-        generates = getattr(self.base, "can_generate", bool)()
-        return (
-            generates and "position_ids" in self._named and not self.base.config.is_encoder_decoder
-        )
+    def _skips_padding(self, batch: Batch, arguments: Mapping[str, Any]) -> bool:
+        """Whether to pass position ids that skip padding on the left, as `generate` does."""
+        if "position_ids" in arguments or not is_padded_left(arguments.get("attention_mask")):
+            return False
+        if self._skipping_helps is None:
+            generates = getattr(self.base, "can_generate", bool)()
+            self._skipping_helps = (
+                generates
+                and "position_ids" in self._named
+                and not self.base.config.is_encoder_decoder
+                and skipping_padding_helps(self._logits, batch)
+            )
+        return self._skipping_helps
+
+    def _logits(self, batch: Mapping[str, Any]) -> Any:
+        arguments = self._arguments(batch)
+        arguments.pop(LABELS, None)
+        return logits_of(self._call(arguments))
 
     def _report_dropped(self, keys: set[str]) -> None:
         if new := sorted(keys - self._dropped):
@@ -108,8 +189,20 @@ class Forward:
             )
 
 
-def _padded_left(arguments: Mapping[str, Any]) -> bool:
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return False
-    return bool((mask[:, 0] == 0).any())
+def _base_of(model: Any) -> Any:
+    """The model inside PEFT's wrappers."""
+    if isinstance(model, PeftMixedModel):
+        return model.base_model.model
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def _keywords(parameters: Iterable[inspect.Parameter]) -> tuple[bool, set[str]]:
+    """Whether a forward takes any keyword, or else the keywords that its **kwargs declares."""
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            for declared in get_args(parameter.annotation):  # **kwargs: Unpack[SomeTypedDict]
+                if is_typeddict(declared):
+                    return False, set(declared.__annotations__)
+            return True, set()
+    return False, set()

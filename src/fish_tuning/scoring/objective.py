@@ -18,6 +18,7 @@ from fish_tuning.scoring.likelihood import (
     Tokens,
     generator_of,
 )
+from fish_tuning.scoring.outputs import logits_of, loss_of
 from fish_tuning.scoring.padding import without_padding
 
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -101,6 +102,14 @@ class Objective:
         """Whether a batch may be scored in parts; a `loss_fn` always gets whole batches."""
         return self._loss_fn is None
 
+    def read(self, value: Any) -> Batch:
+        """What a loader yields as a batch, with its tensors on the model's device.
+
+        Raises:
+            ValueError: It is not certain what the items of the batch mean.
+        """
+        return self.forward.read(value, only_labels=self._loss_fn is None)
+
     def has_label(self, batch: Batch) -> bool:
         """Whether the batch has an example to recognize the loss by.
 
@@ -122,8 +131,8 @@ class Objective:
         outputs = self.forward(one, with_labels=self._loss_fn is None)
         if self._loss_fn is not None:
             return
-        own = _field(outputs, "loss")
-        logits = _field(outputs, "logits")
+        own = loss_of(outputs)
+        logits = logits_of(outputs)
         labels = _labels_of(one)
         if labels is None and own is None:
             keys = ", ".join(one) if isinstance(one, Mapping) else f"{len(one)} unnamed items"
@@ -185,14 +194,20 @@ class Objective:
             return [loss]
         batch = without_padding(batch)
         if self._likelihood is None:
-            return [_field(self.forward(batch, with_labels=True), "loss").reshape(1)]
-        logits = _field(self.forward(batch, with_labels=False), "logits")
+            return [self._own_loss(batch).reshape(1)]
+        logits = logits_of(self.forward(batch, with_labels=False))
         labels = _labels_of(batch)
         if isinstance(self._likelihood, Tokens) and self._likelihood.shifted:
             labels = _predicted_from_text(labels, batch)
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
         return self._expected(self._likelihood, logits, labels, numbers)
+
+    def _own_loss(self, batch: Batch) -> Tensor:
+        loss = loss_of(self.forward(batch, with_labels=True))
+        if loss is None:
+            raise ValueError("the model returned a loss for the first example, but not for others")
+        return loss
 
     def _expected(
         self, likelihood: Likelihood, logits: Tensor, labels: Tensor, numbers: Sequence[int]
@@ -296,15 +311,6 @@ def _agreeing(
         distances[kind] = distance
     # The tolerance of half precision may admit two likelihoods. The sort is stable.
     return sorted(distances, key=distances.__getitem__)
-
-
-def _field(outputs: Any, name: str) -> Any:
-    """A field of a model's output; if the output is a tensor, it is the logits."""
-    if isinstance(outputs, Tensor):
-        return outputs if name == "logits" else None
-    # Before transformers 5, a field that a hook sets on an output is an attribute, not an item.
-    value = getattr(outputs, name, None)
-    return outputs.get(name) if value is None and isinstance(outputs, Mapping) else value
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
