@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fish_tuning.config import FishConfig
 from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.fisher import calculate_fisher_information, score_with_perturbed_b
+from fish_tuning.scoring.inputs.batches import Batch
 from fish_tuning.scoring.objective import ExampleLoss, LossFunction
 from fish_tuning.selection.budget import pool_and_quota
 from fish_tuning.selection.criteria import magnitude_scores, random_scores, reversed_scores

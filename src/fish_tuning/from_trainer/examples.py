@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from fish_tuning.scoring.batches import Batch, OneExample
+from fish_tuning.scoring.inputs.batches import Batch, OneExample
 
 logger = logging.getLogger(__name__)
 

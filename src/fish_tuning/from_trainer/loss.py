@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from fish_tuning.engines import device_of
-from fish_tuning.scoring.segments import find_segments
+from fish_tuning.scoring.inputs.segments import find_segments
 
 
 def trains_on_model_loss(trainer: Any) -> bool:

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from fish_tuning.engines import check_in_memory, device_of
 from fish_tuning.per_example.sums import GradientSums
-from fish_tuning.scoring.batches import Batch, batch_size, take
+from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
+from fish_tuning.scoring.inputs.padding import parts_by_length
+from fish_tuning.scoring.inputs.reading import check_loader
+from fish_tuning.scoring.inputs.unpacking import Unpacker
 from fish_tuning.scoring.objective import Objective
-from fish_tuning.scoring.padding import parts_by_length
 from fish_tuning.scoring.processes import Processes
-from fish_tuning.scoring.reading import check_loader
 from fish_tuning.scoring.scorers import BatchScorer
-from fish_tuning.scoring.unpacking import Unpacker
 
 logger = logging.getLogger(__name__)
 

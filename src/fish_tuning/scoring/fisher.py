@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fish_tuning.config import Estimator, Statistic, TokenReduction
 from fish_tuning.engines import unwrapped
 from fish_tuning.names import opposite_side, side_of
-from fish_tuning.scoring.batches import Batch
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
-from fish_tuning.scoring.forward import Forward
+from fish_tuning.scoring.inputs.batches import Batch
+from fish_tuning.scoring.inputs.forward import Forward
 from fish_tuning.scoring.objective import ExampleLoss, LossFunction, Objective, check_choice
 from fish_tuning.scoring.scores import FishScores
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.config import TokenReduction
-from fish_tuning.scoring.batches import IGNORED
+from fish_tuning.scoring.inputs.batches import IGNORED
 from fish_tuning.scoring.token_losses import labeled_chunks, precise, token_losses
 
 

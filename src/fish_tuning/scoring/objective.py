@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.config import Estimator, TokenReduction
-from fish_tuning.scoring.batches import IGNORED, LABELS, Batch, OneExample, batch_size, take
-from fish_tuning.scoring.forward import Forward
+from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch, OneExample, batch_size, take
+from fish_tuning.scoring.inputs.forward import Forward
+from fish_tuning.scoring.inputs.outputs import logits_of, loss_of
+from fish_tuning.scoring.inputs.padding import without_padding
 from fish_tuning.scoring.likelihood import (
     LIKELIHOODS,
     Likelihood,
@@ -18,8 +20,6 @@ from fish_tuning.scoring.likelihood import (
     Tokens,
     generator_of,
 )
-from fish_tuning.scoring.outputs import logits_of, loss_of
-from fish_tuning.scoring.padding import without_padding
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""

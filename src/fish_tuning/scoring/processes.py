@@ -17,7 +17,7 @@ from fish_tuning.distributed import (
     sum_over_processes,
     world,
 )
-from fish_tuning.scoring.batches import Batch
+from fish_tuning.scoring.inputs.batches import Batch
 
 
 class Processes:

@@ -12,7 +12,7 @@ from fish_tuning.per_example.gradients import PerExampleGradients
 from fish_tuning.per_example.memory import is_out_of_memory
 from fish_tuning.per_example.sources import OnePassError
 from fish_tuning.per_example.sums import GradientSums, Progress
-from fish_tuning.scoring.batches import Batch, batch_size, take
+from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
 from fish_tuning.scoring.objective import Objective
 
 logger = logging.getLogger(__name__)

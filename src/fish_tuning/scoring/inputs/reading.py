@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from fish_tuning.scoring.batches import LABELS, Batch, described
+from fish_tuning.scoring.inputs.batches import LABELS, Batch, OneExample, described
 
 _NAMES = "name its items: {'input_ids': ..., 'attention_mask': ..., 'labels': ...}"
 _ONE_EXAMPLE = (
@@ -59,17 +59,15 @@ def read_batch(
     Raises:
         ValueError: It is not certain what the items mean.
     """
+    if isinstance(value, OneExample):
+        return value
     if hasattr(value, "_fields"):
         value = value._asdict()  # A named tuple.
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         return _read_mapping(value)
-    if not isinstance(value, list | tuple):
-        raise ValueError(
-            f"a calibration batch is a {type(value).__name__}: give mappings of tensors, or pairs "
-            "(input, labels)"
-        )
+    _check_is_sequence(value)
     if len(value) > 1 and all(isinstance(item, Mapping) for item in value):
         raise ValueError(
             f"a calibration batch is a list of {len(value)} mappings, which look like single "
@@ -78,6 +76,14 @@ def read_batch(
     if value and isinstance(value[0], Mapping):
         return _read_mapping_and_labels(value)
     return _read_items(value, arguments, takes_labels) if only_labels else value
+
+
+def _check_is_sequence(value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f"a calibration batch is a {type(value).__name__}: give mappings of tensors, or pairs "
+            "(input, labels)"
+        )
 
 
 def _read_items(items: Sequence[Any], arguments: Sequence[str], takes_labels: bool) -> Batch:

@@ -11,14 +11,14 @@ from peft import PeftMixedModel
 from torch import Tensor, nn
 
 from fish_tuning.engines import device_of
-from fish_tuning.scoring.batches import LABELS, Batch, Ragged, described, with_tensors
-from fish_tuning.scoring.outputs import logits_of
-from fish_tuning.scoring.positions import (
+from fish_tuning.scoring.inputs.batches import LABELS, Batch, Ragged, described, with_tensors
+from fish_tuning.scoring.inputs.outputs import logits_of
+from fish_tuning.scoring.inputs.positions import (
     is_padded_left,
     positions_from_mask,
     skipping_padding_helps,
 )
-from fish_tuning.scoring.reading import read_batch
+from fish_tuning.scoring.inputs.reading import read_batch
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Forward:
             ValueError: It is not certain what the items of the batch mean.
         """
         batch = read_batch(value, self._named, self.takes(LABELS), only_labels=only_labels)
-        if not only_labels and not isinstance(batch, Mapping) and len(batch) > 2:
+        if not only_labels and isinstance(batch, list | tuple) and len(batch) > 2:
             self._check_takes_one(batch)
         return batch
 

@@ -13,8 +13,8 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fish_tuning import calculate_fisher_information
-from fish_tuning.scoring.forward import Forward
-from fish_tuning.scoring.unpacking import Unpacker
+from fish_tuning.scoring.inputs.forward import Forward
+from fish_tuning.scoring.inputs.unpacking import Unpacker
 from tests.models import (
     PAD,
     VOCABULARY,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fish_tuning.scoring.batches import IGNORED, LABELS, Batch
+from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
 
 POSITIONS = "position_ids"
 MASK = "attention_mask"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fish_tuning.scoring.segments import find_segments
+from fish_tuning.scoring.inputs.segments import find_segments
 
 PAD = 0
 

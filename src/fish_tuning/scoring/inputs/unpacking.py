@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.scoring.batches import IGNORED, LABELS, Batch
-from fish_tuning.scoring.forward import Forward
-from fish_tuning.scoring.segments import BORDERS, MASK, POSITIONS, WAY_OUT, Segment, find_segments
+from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
+from fish_tuning.scoring.inputs.forward import Forward
+from fish_tuning.scoring.inputs.segments import (
+    BORDERS,
+    MASK,
+    POSITIONS,
+    WAY_OUT,
+    Segment,
+    find_segments,
+)
 
 
 class Unpacker:

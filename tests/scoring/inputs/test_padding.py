@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fish_tuning.scoring.padding import parts_by_length, without_padding
+from fish_tuning.scoring.inputs.padding import parts_by_length, without_padding
 
 
 def padded(lengths, width=None):

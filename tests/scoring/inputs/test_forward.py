@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PolyConfig, get_peft_model
 from torch import nn
 
-from fish_tuning.scoring.forward import Forward
+from fish_tuning.scoring.inputs.forward import Forward
 from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
 
 

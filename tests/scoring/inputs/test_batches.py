@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from fish_tuning.scoring.batches import batch_size, take
+from fish_tuning.scoring.inputs.batches import batch_size, take
 
 
 @pytest.mark.parametrize(

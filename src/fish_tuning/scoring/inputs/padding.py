@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fish_tuning.scoring.batches import IGNORED, LABELS, Batch, take
+from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch, take
 
 
 def parts_by_length(

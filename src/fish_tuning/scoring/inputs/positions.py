@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fish_tuning.scoring.batches import Batch, take, with_tensors
+from fish_tuning.scoring.inputs.batches import Batch, take, with_tensors
 
 
 def is_padded_left(mask: Any) -> bool:
