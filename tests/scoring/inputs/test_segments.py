@@ -44,6 +44,14 @@ def test_examples_of_one_row(entries, segments):
     assert find_segments(batch(ROW, **entries), PAD) == segments
 
 
+@pytest.mark.parametrize("ids", ["inputs_embeds", "tokens", "labels"])
+def test_other_names_of_the_text(ids):
+    """Guards models of the caller's own, whose input has another name."""
+    text = torch.ones(1, 5, 3) if ids == "inputs_embeds" else torch.ones(1, 5).long()
+    named = {ids: text, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    assert find_segments(named, PAD) == TWO
+
+
 def test_examples_of_several_rows():
     """Guards batches of packed rows, some with padding and some without."""
     found = find_segments(

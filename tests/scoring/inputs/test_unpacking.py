@@ -6,11 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tr
-from datasets import Dataset
 from peft import IA3Config, PromptTuningConfig, get_peft_model
 from torch import nn
-from trl.data_utils import pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fish_tuning import calculate_fisher_information
 from fish_tuning.scoring.inputs.forward import Forward
@@ -81,6 +78,15 @@ def flattened(examples, size, **options):
     return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
+def packed_by_trl(examples, length, strategy, **options):
+    """The rows of TRL's packed data set, and the collator that its SFTTrainer takes."""
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    data = pytest.importorskip("datasets").Dataset.from_list(lists(examples))
+    packed = sft.pack_dataset(data, length, strategy)
+    collator = sft.DataCollatorForLanguageModeling(pad_token_id=PAD, **options)
+    return [packed[i] for i in range(len(packed))], collator
+
+
 def assert_close(actual, expected, rtol=1e-9):
     assert_scores_close(actual, {name: expected[name] for name in actual}, rtol)
 
@@ -135,11 +141,10 @@ def test_rows_packed_by_trl(build, multiple):
     """Guards TRL's packing (best fit decreasing) and its padding at the end of a row."""
     model = lora(build()).double()
     examples = examples_for(model, 12)
-    packed = pack_dataset(Dataset.from_list(lists(examples)), 20, "bfd")
-    collator = DataCollatorForLanguageModeling(
-        pad_token_id=PAD, padding_free=True, pad_to_multiple_of=multiple
+    rows, collator = packed_by_trl(
+        examples, 20, "bfd", padding_free=True, pad_to_multiple_of=multiple
     )
-    loader = [collator([packed[i] for i in range(j, min(j + 3, len(packed)))]) for j in (0, 3)]
+    loader = [collator(rows[i : i + 3]) for i in range(0, len(rows), 3)]
     assert sum(batch["input_ids"].shape[1] for batch in loader) < 12 * 11
     assert_close(scored(model, loader), naive_scores(model, examples))
 
@@ -147,13 +152,12 @@ def test_rows_packed_by_trl(build, multiple):
 def test_rows_wrapped_by_trl():
     """Guards wrapped packing: nothing tells where its texts start, so a piece is an example."""
     model = lora(tiny_llama()).double()
-    packed = pack_dataset(Dataset.from_list(lists(examples_for(model, 12))), 10, "wrapped")
-    pieces = [packed[i] for i in range(len(packed))]
-    expected = naive_scores(
-        model, [{key: torch.tensor(value) for key, value in piece.items()} for piece in pieces]
-    )
+    examples = examples_for(model, 12)
     for padding_free in (False, True):
-        collator = DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=padding_free)
+        pieces, collator = packed_by_trl(examples, 10, "wrapped", padding_free=padding_free)
+        expected = naive_scores(
+            model, [{key: torch.tensor(value) for key, value in piece.items()} for piece in pieces]
+        )
         loader = [collator(pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
         assert_close(scored(model, loader), expected)
 
@@ -294,9 +298,7 @@ def test_an_attention_mask_joins_the_examples(build, attention):
     model = lora(build(attn_implementation=attention))
     (row,) = flattened(examples_for(model, 4), 4)
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    with pytest.raises(
-        ValueError, match=r"change with the other examples of its row.*leave attent"
-    ):
+    with pytest.raises(ValueError, match=r"change with the other examples of its row.*give posit"):
         scored(model, [row])
 
 

@@ -47,7 +47,7 @@ def find_segments(batch: Batch, pad_id: int | None = None) -> list[Segment] | No
     Raises:
         ValueError: The rows hold several examples, and it is not clear which.
     """
-    shape = _text_shape(batch)
+    shape = shape_of_text(batch) if isinstance(batch, Mapping) else None
     if shape is None or not isinstance(batch, Mapping):
         return None
     if _row_is_labeled(batch, shape):
@@ -102,13 +102,12 @@ def _row_is_labeled(batch: Mapping[str, Any], shape: tuple[int, int]) -> bool:
     return by_row and len(labels) == shape[0]
 
 
-def _text_shape(batch: Batch) -> tuple[int, int] | None:
-    """Rows and tokens of the model's text."""
-    if not isinstance(batch, Mapping):
-        return None
-    for key in ("input_ids", "inputs_embeds"):
-        if isinstance(text := batch.get(key), Tensor) and text.dim() == 2 + (key != "input_ids"):
-            return text.shape[0], text.shape[1]
+def shape_of_text(batch: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and tokens of what a language model reads; None if the batch has no text."""
+    for key in ("input_ids", "inputs_embeds", LABELS, POSITIONS, "seq_idx"):
+        value = batch.get(key)
+        if isinstance(value, Tensor) and value.dim() == (3 if key == "inputs_embeds" else 2):
+            return value.shape[0], value.shape[1]
     return None
 
 
@@ -233,7 +232,7 @@ def _without_tail(
     segments: list[Segment], batch: Mapping[str, Any], shape: tuple[int, int], pad_id: int | None
 ) -> list[Segment]:
     """The examples without the padding at the end of a row, where each token looks like one."""
-    ids, labels = batch.get("input_ids"), _by_token(batch, LABELS, shape)
+    ids, labels = _by_token(batch, "input_ids", shape), _by_token(batch, LABELS, shape)
     kept = []
     for row in range(shape[0]):
         of_row = [segment for segment in segments if segment.row == row]

@@ -18,6 +18,7 @@ from fish_tuning.scoring.inputs.segments import (
     WAY_OUT,
     Segment,
     find_segments,
+    shape_of_text,
 )
 
 
@@ -57,11 +58,12 @@ class Unpacker:
         if kind is None or kind not in self._independent:
             self._check_independence(batch, segments)
             self._independent.add(kind)
-        return examples, _text_of(batch).shape[:2].numel()
+        rows, width = _shape(batch)
+        return examples, rows * width
 
     def _padded(self, batch: Mapping[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
         """The segments as the rows of a batch, padded on the right."""
-        shape = _text_of(batch).shape[:2]
+        shape = _shape(batch)
         padded = {}
         for key, value in batch.items():
             if key in BORDERS or key == MASK:
@@ -80,7 +82,7 @@ class Unpacker:
         if self._forward.takes(MASK):
             mask = batch.get(MASK)
             if not isinstance(mask, Tensor) or mask.shape != shape:
-                mask = torch.ones(shape, device=_text_of(batch).device)
+                mask = torch.ones(shape)
             padded[MASK] = _cut((mask != 0).long(), segments, 0)
         return padded
 
@@ -114,7 +116,7 @@ class Unpacker:
     def _outputs(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's outputs for each token, (rows, tokens, ...)."""
         outputs = self._forward(self._forward.on_device(batch), with_labels=False)
-        width = _text_of(batch).shape[1]
+        width = _shape(batch)[1]
         fields = [getattr(outputs, name, None) for name in ("logits", "last_hidden_state")]
         for found in [outputs, *fields]:
             if isinstance(found, Tensor) and found.dim() == 3 and found.shape[1] >= width:
@@ -137,7 +139,10 @@ class Unpacker:
     def _dependent(self, batch: Mapping[str, Any]) -> str:
         way_out = WAY_OUT
         if MASK in batch:
-            way_out = f"leave {MASK} out of batches whose rows hold several examples, or {way_out}"
+            way_out = (
+                f"give {POSITIONS} that start again with each example in place of {MASK}, or "
+                f"{way_out}"
+            )
         return (
             f"the outputs of {self._name} for an example change with the other examples of its "
             f"row, so the example has no score of its own: {way_out}"
@@ -179,10 +184,10 @@ def _cut(value: Tensor, segments: Sequence[Segment], fill: int | None) -> Tensor
     return padded
 
 
-def _text_of(batch: Mapping[str, Any]) -> Tensor:
-    """What the model reads, (rows, tokens, ...)."""
-    text: Tensor = batch["input_ids" if batch.get("input_ids") is not None else "inputs_embeds"]
-    return text
+def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    shape = shape_of_text(batch)
+    assert shape is not None
+    return shape
 
 
 def _is_setting(value: Any) -> bool:
@@ -198,4 +203,4 @@ def _kind_of(batch: Mapping[str, Any], segments: Sequence[Segment]) -> object:
         return None
     rows = {segment.row for segment in segments}
     padded = isinstance(mask, Tensor) and not bool(mask.all())
-    return frozenset(batch), len(_text_of(batch)) > 1, len(segments) > len(rows), padded
+    return frozenset(batch), _shape(batch)[0] > 1, len(segments) > len(rows), padded
