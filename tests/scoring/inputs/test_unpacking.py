@@ -296,7 +296,7 @@ def test_long_examples_do_not_pad_short_ones():
 def test_an_attention_mask_joins_the_examples(build, attention):
     """Guards rows with an attention mask: transformers then ignores the position ids' starts."""
     model = lora(build(attn_implementation=attention))
-    (row,) = flattened(examples_for(model, 4), 4)
+    (row,) = flattened(examples_for(model, 4, longest=5), 4)
     row["attention_mask"] = torch.ones_like(row["input_ids"])
     with pytest.raises(ValueError, match=r"change with the other examples of its row.*give posit"):
         scored(model, [row])
@@ -326,7 +326,7 @@ def test_borders_that_the_model_does_not_read(options):
 def test_encoders_are_refused():
     """Guards models whose attention looks in both directions, without a mask between examples."""
     model = lora(tiny_bert(task="MaskedLM"))
-    rows = flattened(examples_for(model, 4), 4)
+    rows = flattened(examples_for(model, 4, longest=5), 4)
     with pytest.raises(ValueError, match="outputs of BertForMaskedLM for an example change"):
         scored(model, rows)
 
