@@ -51,8 +51,8 @@ def device_of(model: nn.Module) -> torch.device:
     With `device_map`, accelerate's hooks load offloaded parameters there when their module runs,
     and move activations from one device to the next.
     """
-    devices = [parameter.device for parameter in model.parameters()]
-    return next((device for device in devices if device.type != "meta"), devices[0])
+    in_memory = (p.device for p in model.parameters() if not p.is_meta)
+    return next(in_memory, torch.device("meta"))
 
 
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:

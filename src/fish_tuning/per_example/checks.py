@@ -82,9 +82,13 @@ class TotalsCheck:
         self._sums = sums
         self._totals = {name: zeros(parameter) for name, parameter in sums.parameters.items()}
         self._rounding: dict[str, Tensor] = {}
+        self._eps: dict[str, float] = {}
 
     def note_calls(self, bundle: Bundle, calls: Sequence[Call]) -> None:
         """Notes how large rounding errors may be: they scale with the norms of both factors."""
+        # float32 parameters may have been used in half precision, under autocast.
+        dtypes = [self._sums.parameters[bundle[0]].dtype, *(call.autocast for call in calls)]
+        self._eps |= dict.fromkeys(bundle, max(torch.finfo(d).eps for d in dtypes if d is not None))
         like = self._sums.totals[bundle[0]]
         size = sum((_rounding(call, like) for call in calls), start=like.new_zeros(()))
         self._rounding |= dict.fromkeys(bundle, size)
@@ -120,10 +124,7 @@ class TotalsCheck:
             )
 
     def _allowed(self, name: str, parameter: Tensor, gradient: Tensor) -> Tensor:
-        # float32 parameters may have been used in half precision, under autocast.
-        device = parameter.device.type
-        autocast = torch.is_autocast_enabled(device)
-        eps = torch.finfo(torch.get_autocast_dtype(device) if autocast else parameter.dtype).eps
+        eps = self._eps.get(name, torch.finfo(parameter.dtype).eps)
         # Gradients may cancel between examples, so the norm over single examples counts too. They
         # may also cancel between tokens, down to rounding errors of the factors (the bias of a key
         # in attention).

@@ -22,8 +22,9 @@ from fish_tuning.per_example.checks import (
     check_shared_rows,
     input_of,
 )
+from fish_tuning.per_example.kept import Kept
 from fish_tuning.per_example.memory import is_out_of_memory
-from fish_tuning.per_example.prompts import one_prompt
+from fish_tuning.per_example.prompts import one_prompt, prompted_models
 from fish_tuning.per_example.sources import Bundle, Call, OnePassError, Sources
 from fish_tuning.per_example.sums import GradientSums, Progress
 
@@ -40,6 +41,9 @@ class _Recording:
         expected: By bundle, the number of calls in the forward pass.
         arrived: By bundle, the calls that backward has reached.
         collecting: Whether a backward pass is running whose gradients are wanted.
+        last: Whether no other backward pass follows.
+        forward_over: Whether the forward pass is over. Modules that are called later are parts of
+            layers with gradient checkpointing, which run again.
     """
 
     def __init__(self, size: int, progress: Progress) -> None:
@@ -48,7 +52,7 @@ class _Recording:
         self.shared: list[tuple[nn.Module, Tensor]] = []
         self.expected: Counter[Bundle] = Counter()
         self.arrived: dict[Bundle, list[Call]] = defaultdict(list)
-        self.collecting = False
+        self.collecting, self.last, self.forward_over = False, False, False
 
 
 class PerExampleGradients:
@@ -66,7 +70,7 @@ class PerExampleGradients:
     """
 
     def __init__(self, model: nn.Module, sums: GradientSums) -> None:
-        self._model, self._sums = model, sums
+        self._sums, self._prompted = sums, prompted_models(model)
         self._sources = Sources(model, sums.parameters)
         self._recording = _Recording(0, Progress())
         self._check: TotalsCheck | None = None
@@ -121,7 +125,7 @@ class PerExampleGradients:
         recording = _Recording(size, Progress() if progress is None else progress)
         self._recording = recording
         try:
-            with self._hooked(self._on_forward), one_prompt(self._model):
+            with self._hooked(self._on_forward), one_prompt(self._prompted):
                 yield
         except Exception as error:
             known = isinstance(error, OnePassError) or is_out_of_memory(error)
@@ -149,6 +153,7 @@ class PerExampleGradients:
             OnePassError: A check failed. After any error of the first call the sums are 0 again.
         """
         recording = self._recording
+        recording.forward_over = True
         if recording.shared and not self._shared_checked:
             check_shared_rows(self._sources, recording.shared, losses)
             self._shared_checked = True
@@ -187,7 +192,7 @@ class PerExampleGradients:
     ) -> tuple[Tensor | None, ...]:
         """Autograd's gradients of the targets; the hooks add the per-example ones meanwhile."""
         recording = self._recording
-        recording.collecting = True
+        recording.collecting, recording.last = True, not retain_graph
         with torch.autocast(total.device.type, enabled=False):
             gradients = torch.autograd.grad(
                 total, targets, retain_graph=retain_graph, allow_unused=True
@@ -221,25 +226,26 @@ class PerExampleGradients:
             # One row for the whole batch, such as positions or a prompt. Once it is expanded to a
             # row per example, each example has its own gradient.
             x, output = (row.expand(recording.size, *row.shape[1:]) for row in (x, output))
-            recording.shared.append((module, output))
         check_batch_axis(self._sources, module, x, recording.size)
-        if not x.requires_grad:
-            # Not the tensor: a model may overwrite it (CTRL scales its embeddings in place), and
-            # backward would end there, before it reaches this module.
-            recording.roots.append(get_gradient_edge(output))
-        recording.expected.update(self._sources.bundles[module])
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        output.register_hook(partial(self._on_gradient, module, x.detach(), autocast))
+        kept = Kept(x)
+        if not recording.forward_over:
+            if shared:
+                recording.shared.append((module, output))
+            if not x.requires_grad:
+                # Not the tensor: a model may overwrite it (CTRL scales its embeddings in place),
+                # and backward would end there, before it reaches this module.
+                recording.roots.append(get_gradient_edge(output))
+            recording.expected.update(self._sources.bundles[module])
+            output.register_hook(partial(self._on_gradient, module, kept, _autocast(x)))
         return output if shared else None
 
     def _on_gradient(
-        self, module: nn.Module, x: Tensor, autocast: torch.dtype | None, g: Tensor
+        self, module: nn.Module, kept: Kept, autocast: torch.dtype | None, g: Tensor
     ) -> None:
         recording = self._recording
         if not recording.collecting:
             return
-        call = Call(module, x, g.detach(), autocast)
+        call = Call(module, kept.get(last=recording.last), g.detach(), autocast)
         for bundle in self._sources.bundles[module]:
             recording.arrived[bundle].append(call)
             if len(recording.arrived[bundle]) == recording.expected[bundle]:
@@ -252,6 +258,12 @@ class PerExampleGradients:
             self._check.note_calls(bundle, calls)
         done = recording.progress.of_loss(recording.loss)
         accumulate(self._sums, self._sources, bundle, calls, done, self._check)
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast is set to on a tensor's device, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _leaves(output: Tensor) -> set[int]:

@@ -1,6 +1,6 @@
 """PEFT encodes one prompt per batch and repeats it for each example."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,19 +11,23 @@ from torch import Tensor, nn
 _REPEATED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 
-@contextmanager
-def one_prompt(model: nn.Module) -> Iterator[None]:
-    """Inside the block, PEFT returns a trained prompt once instead of once per example.
-
-    The hooks on the prompt's embedding then expand it, so that each example has its own gradient.
-    """
-    prompted = [
+def prompted_models(model: nn.Module) -> list[PeftModel]:
+    """The PEFT models in a model that have a trained prompt."""
+    return [
         module
         for module in model.modules()
         if isinstance(module, PeftModel)
         and module.active_peft_config.peft_type in _REPEATED
         and any(p.requires_grad for p in module.prompt_encoder.parameters())
     ]
+
+
+@contextmanager
+def one_prompt(prompted: Sequence[PeftModel]) -> Iterator[None]:
+    """Inside the block, PEFT returns a trained prompt once instead of once per example.
+
+    The hooks on the prompt's embedding then expand it, so that each example has its own gradient.
+    """
     for module in prompted:
         vars(module)["get_prompt"] = partial(_prompt_of_one, module)
     try:

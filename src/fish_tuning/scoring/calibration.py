@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from fish_tuning.engines import check_in_memory, device_of
 from fish_tuning.per_example.sums import GradientSums
+from fish_tuning.scoring.checkpointing import checkpointing
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
 from fish_tuning.scoring.inputs.padding import parts_by_length
 from fish_tuning.scoring.inputs.reading import check_loader
@@ -149,6 +150,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             devices=[] if device.type == "cpu" else [device], device_type=device.type
         ),
         torch.enable_grad(),
+        checkpointing(model),
     ):
         try:
             model.eval()
