@@ -11,7 +11,7 @@ IGNORED = -100
 N, CLASSES = 23, 7
 
 
-@pytest.fixture(params=[5, 4 * CLASSES, 2**22], ids=["one row", "four rows", "all rows"])
+@pytest.fixture(params=[5, 4 * CLASSES, 2**21], ids=["one row", "four rows", "all rows"])
 def _chunks(request, monkeypatch):
     """Chunks smaller than a row, of four rows, and larger than all rows."""
     monkeypatch.setattr(module, "CHUNK_ENTRIES", request.param)

@@ -20,6 +20,7 @@ from fish_tuning.scoring.likelihood import (
     Tokens,
     generator_of,
 )
+from fish_tuning.scoring.own_loss import OwnLoss
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
@@ -142,16 +143,30 @@ class Objective:
             )
         if own is not None:
             _check_finite(own.reshape(1), [position])
+        shapes = _shape(logits), _shape(labels)
+        fitting: list[Likelihood] = []
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
-            self._likelihood = _matching(logits, labels, own, self._reduction)
-        if self._likelihood is None:
-            self._check_own_loss(own, logits, labels)
+            fitting = [kind for kind in LIKELIHOODS if kind.fits(logits, labels)]
+            if own is not None:
+                comparison = OwnLoss(own, logits, labels, fitting)
+                del outputs, logits
+                fitting = comparison.agreeing()
+            elif logits.shape[-1] == 1 and Regression() in fitting:
+                # transformers also treats a single output as regression.
+                fitting = [Regression()]
+        if not fitting:
+            self._check_own_loss(own, *shapes)
+            return
+        kind = fitting[0]
+        if isinstance(kind, Tokens):
+            kind = replace(kind, reduction=self._reduction)
+        self._likelihood = kind
 
-    def _check_own_loss(self, own: Tensor | None, logits: Any, labels: Any) -> None:
+    def _check_own_loss(self, own: Tensor | None, logits: object, labels: object) -> None:
         if own is None:
             raise ValueError(
-                f"no likelihood fits logits of shape {_shape(logits)} and labels of shape "
-                f"{_shape(labels)}, and the model returns no loss: pass a loss_fn(outputs, batch)"
+                f"no likelihood fits logits of shape {logits} and labels of shape {labels}, and "
+                "the model returns no loss: pass a loss_fn(outputs, batch)"
             )
         if self._estimator == "true" or self._reduction == "sum":
             raise ValueError(
@@ -263,54 +278,6 @@ def _predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         return labels
     return labels.masked_fill(F.pad(mask[:, :-1], (1, 0), value=1) == 0, IGNORED)
-
-
-def _matching(
-    logits: Tensor, labels: Tensor, own: Tensor | None, reduction: TokenReduction
-) -> Likelihood | None:
-    """The likelihood that agrees with the model's own loss of one example.
-
-    If the model returns no loss, it is the first likelihood that fits the shapes.
-    """
-    fitting = [kind for kind in LIKELIHOODS if kind.fits(logits, labels)]
-    if own is not None:
-        fitting = _agreeing(fitting, logits, labels, own)
-    elif logits.shape[-1] == 1 and Regression() in fitting:
-        # transformers also treats a single output as regression.
-        fitting = [Regression()]
-    if not fitting:
-        return None
-    best = fitting[0]
-    return replace(best, reduction=reduction) if isinstance(best, Tokens) else best
-
-
-def _agreeing(
-    kinds: Sequence[Likelihood], logits: Tensor, labels: Tensor, own: Tensor
-) -> list[Likelihood]:
-    """The likelihoods that agree with the model's own loss, the closest first.
-
-    The gradients have to agree too: at logits near 0 many losses have the same value.
-    """
-    eps = max(torch.finfo(own.dtype).eps, torch.finfo(logits.dtype).eps)
-    tolerance = max(1e-4, 4 * eps)
-    gradient = None
-    if own.requires_grad and logits.requires_grad:
-        # None if the loss is not computed from these logits.
-        (gradient,) = torch.autograd.grad(own, logits, allow_unused=True)
-    distances = {}
-    for kind in kinds:
-        leaf = logits.detach().requires_grad_()
-        loss = kind.losses(leaf, labels).sum()
-        distance = float((loss - own).detach().abs())
-        if distance > tolerance * float(own.detach().abs()) + 1e-4:
-            continue
-        if gradient is not None:
-            (known,) = torch.autograd.grad(loss, leaf)
-            if (known - gradient).norm() > tolerance * known.norm() + 1e-6:
-                continue
-        distances[kind] = distance
-    # The tolerance of half precision may admit two likelihoods. The sort is stable.
-    return sorted(distances, key=distances.__getitem__)
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ENTRIES = 2**22
+CHUNK_ENTRIES = 2**21
 """Most logits that are converted to float32 and exponentiated at a time."""
 
 
