@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fish_tuning.atomic import write_atomically
+from fish_tuning.mask.card_text import without_base, without_blanks
 from fish_tuning.mask.files import BITS_FILE, JSON_FILE
 from fish_tuning.mask.mask import FishMask
 
@@ -27,8 +28,10 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bo
     """Describe a mask in a folder's model card, which is created if it does not exist.
 
     The card gains the tag `fish-tuning` and a section of its own, which replaces the section of an
-    earlier save. Everything else stays as it is. If the metadata of an existing card cannot be
-    read, the card is left alone and a warning is logged, so that the model is saved all the same.
+    earlier save. Left out are the parts of a template that nobody has filled in, and a base model
+    that is a folder on this machine. Everything else stays as it is. If the metadata of an existing
+    card cannot be read, the card is left alone and a warning is logged, so that the model is saved
+    all the same.
 
     Args:
         folder: Holds the model and its card, `README.md`.
@@ -49,9 +52,20 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bo
     tags = data.tags or []
     data.tags = tags if TAG in tags else [*tags, TAG]
     others = _SECTION.sub("\n", card.text).rstrip()
+    if isinstance(base := data.base_model, str) and _is_local(base):
+        others, data.tags = without_base(others, data.tags, base)
+        data.base_model = None
+    others = without_blanks(
+        others, f"{'Adapter' if is_adapter else 'Model'} trained with FISH-Tuning"
+    ).rstrip()
     section = _section(mask, *_loading_code(path.parent, is_adapter))
     card.text = f"{others}\n\n{_BEGIN}\n{section}\n{_END}\n"
     write_atomically(path, str(card).encode())
+
+
+def _is_local(base_model: str) -> bool:
+    """Whether a base model is a folder: it exists, or no hub id looks like it."""
+    return Path(base_model).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base_model)
 
 
 def _loading_code(folder: Path, is_adapter: bool) -> tuple[list[str], list[str]]:
