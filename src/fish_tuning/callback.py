@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fish_tuning.arguments import check_mask
 from fish_tuning.sparse.apply import apply_mask, check_fits_model, is_masked, masked_parameters
 from fish_tuning.sparse.saving import patch_trainers, saves_itself, write_mask
 
@@ -27,6 +28,8 @@ class FishTuningCallback(TrainerCallback):
     """
 
     def __init__(self, mask: Mapping[str, Tensor] | None = None) -> None:
+        if mask is not None:
+            check_mask("mask", mask)
         self.mask = mask
         self._diverged = False
 

@@ -1,8 +1,9 @@
 """The settings of FISH-Tuning: their names, their values and what they mean. No torch."""
 
-from typing import Literal, Self
+import difflib
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Scope = Literal["global", "per_tensor", "balanced", "features", "adaptive"]
 """How the budget is divided before the best entries are taken.
@@ -69,7 +70,7 @@ class FishConfig(SelectionSettings):
     `model_validate_json` write and read a config, and the provenance of a mask records it.
 
     Raises:
-        ValueError: A key is unknown, or a value is not allowed; pydantic names all of them.
+        ValueError: Keys are unknown, or values are not allowed; the message names all of them.
     """
 
     keep_ratio: float | None = Field(
@@ -102,6 +103,23 @@ class FishConfig(SelectionSettings):
         "head.",
     )
 
+    if not TYPE_CHECKING:  # The generated signature is the one to check and complete by.
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ValueError(_in_words(error, type(self).model_fields)) from None
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "base_model_name_or_path":  # the first thing that PEFT reads of a config
+                raise TypeError(
+                    "a FishConfig is not the config of an adapter: add one first, as in "
+                    "get_peft_model(model, LoraConfig(...)), and then call "
+                    "get_fish_model(model, fish_config, calibration_dataloader)"
+                )
+            return super().__getattr__(name)
+
     @property
     def uses_fisher(self) -> bool:
         """Whether the criterion ranks by Fisher information, which takes calibration data."""
@@ -112,3 +130,18 @@ class FishConfig(SelectionSettings):
         if (self.keep_ratio is None) == (self.num_trainable is None):
             raise ValueError("give exactly one of keep_ratio and num_trainable")
         return self
+
+
+def _in_words(error: ValidationError, fields: dict[str, Any]) -> str:
+    """Say in one sentence what is wrong with the settings."""
+    problems = []
+    for details in error.errors(include_url=False):
+        name = ".".join(map(str, details["loc"]))
+        message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if details["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(fields)}"
+            problems.append(f"{name} is not a setting: {hint}")
+        else:
+            problems.append(f"{name}={details['input']!r} {message}" if name else message)
+    return "; ".join(problems)

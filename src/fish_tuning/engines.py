@@ -10,14 +10,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fish_tuning.arguments import check_type
+
+
+def check_model(model: object) -> None:
+    """Checks that an argument is a model.
+
+    Raises:
+        TypeError: It is something else, such as a model's name.
+    """
+    wanted = "a model, an nn.Module"
+    if isinstance(model, str):
+        wanted += f", such as AutoModelForSequenceClassification.from_pretrained({model!r})"
+    check_type("model", model, nn.Module, wanted)
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a DistributedDataParallel wrapper, or the model itself.
 
     Raises:
+        TypeError: It is not a model.
         ValueError: An engine has divided the parameters among the processes, or DeepSpeed has
             already built its optimizer from them.
     """
+    check_model(model)
     model = model.module if isinstance(model, DistributedDataParallel) else model
     if (engine := _sharding_engine(model)) is not None:
         raise ValueError(

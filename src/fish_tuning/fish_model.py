@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fish_tuning.arguments import check_type
 from fish_tuning.config import FishConfig
 from fish_tuning.engines import check_maskable
 from fish_tuning.mask.mask import FishMask
@@ -43,6 +44,7 @@ def get_fish_model(
             `apply_mask`. Whatever the model alone can tell is checked before scoring.
     """
     check_maskable(model)
+    check_config(config)
     if is_masked(model):
         raise ValueError("the model has a mask already: call remove_mask(model) first")
     mask, _ = score_and_select(
@@ -76,6 +78,7 @@ def score_and_select(
     Raises:
         ValueError: As in `get_fish_model`.
     """
+    check_config(config)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trainable:  # Scoring refuses a model without any, and says what to do.
         sizes = {name: parameter.numel() for name, parameter in trainable.items()}
@@ -97,6 +100,16 @@ def score_and_select(
         provenance=config.model_dump(mode="json") | dict(provenance or {}),
     )
     return mask, information
+
+
+def check_config(config: object) -> None:
+    """Checks that an argument is a `FishConfig`.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    wanted = "FishConfig(**config)" if isinstance(config, dict) else "a FishConfig"
+    check_type("config", config, FishConfig, wanted)
 
 
 def _fisher_information(

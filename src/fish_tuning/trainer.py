@@ -9,6 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fish_tuning.callback import FishTuningCallback
 from fish_tuning.config import FishConfig
+from fish_tuning.fish_model import check_config
 from fish_tuning.from_trainer.masking import attach_mask, mask_trainer
 from fish_tuning.mask.checkpoint import mask_of_checkpoint
 from fish_tuning.sparse.apply import is_masked
@@ -51,6 +52,8 @@ class FishTuningTrainer(Trainer):
         callbacks: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if fish_config is not None:
+            check_config(fish_config)
         self.fish_config = fish_config
         if fish_config is None:
             callbacks = [FishTuningCallback(mask), *(callbacks or [])]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fish_tuning.arguments import check_mask
 from fish_tuning.hub import find_file
 from fish_tuning.mask.files import (
     BITS_FILE,
@@ -43,6 +44,7 @@ class FishMask(Mapping[str, Tensor]):
     def __init__(
         self, tensors: Mapping[str, Tensor], *, provenance: Mapping[str, Any] | None = None
     ) -> None:
+        check_mask("tensors", tensors)
         if not tensors:
             raise ValueError("A FishMask needs at least one tensor, but the mapping is empty.")
         self._tensors = {name: _as_bool(name, tensor) for name, tensor in tensors.items()}

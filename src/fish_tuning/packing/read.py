@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from fish_tuning.atomic import write_new_folder_atomically
+from fish_tuning.engines import check_model
 from fish_tuning.mask.files import BITS_FILE
 from fish_tuning.packing.packed_file import PackedFile, Source, unusable
 from fish_tuning.packing.rebuild import rebuild
@@ -69,6 +70,7 @@ def load_packed(
         ValueError: For the reasons given in `unpack`, or the weights are another model's. The
             model is then unchanged.
     """
+    check_model(model)
     path = Path(file)
     packed = _read(path)
     if packed.record.weights_name == "adapter_model.safetensors":

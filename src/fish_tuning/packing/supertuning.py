@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.arguments import check_integer
 from fish_tuning.atomic import write_new_folder_atomically
 from fish_tuning.mask import FishMask
 from fish_tuning.names import exactly
@@ -85,6 +86,7 @@ def save_as_peft_adapter(
         FileNotFoundError: The start has no weights.
         ImportError: The installed PEFT has no Super-Tuning.
     """
+    check_integer("max_adapters", max_adapters, 1)
     mask = get_mask(model)
     if mask is None or hasattr(model, "peft_config"):
         raise ValueError(
@@ -179,8 +181,6 @@ def _groups(layers: Sequence[_SparseLayer], most: int) -> list[list[_SparseLayer
     """Divide layers into few groups that need little padding."""
     if not layers:
         raise ValueError("no linear layer has changed: there is nothing for an adapter to hold")
-    if most < 1:
-        raise ValueError(f"max_adapters={most}: must be at least 1")
     ordered = sorted(layers, key=lambda layer: -layer.density)
     best = [_cheapest(ordered, number) for number in range(1, min(most, len(ordered)) + 1)]
     enough = _ENOUGH * min(cost for cost, _ in best)

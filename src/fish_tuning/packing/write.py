@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fish_tuning.arguments import check_type
 from fish_tuning.atomic import write_atomically
 from fish_tuning.mask import FishMask
 from fish_tuning.mask.files import BITS_FILE, JSON_FILE
@@ -131,6 +132,7 @@ def pack(
         ValueError: A file in the folder is damaged, the mask has other shapes, or the adapter
             cannot be drawn again from a seed.
     """
+    check_type("folder", folder, (str, os.PathLike), "the folder of a saved adapter or model")
     folder, file = Path(folder), Path(file)
     if file.exists():
         raise FileExistsError(f"{file} exists: name a new file")

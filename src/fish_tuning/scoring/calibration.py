@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fish_tuning.arguments import check_integer
 from fish_tuning.engines import check_in_memory, device_of
 from fish_tuning.per_example.sums import GradientSums
 from fish_tuning.scoring.checkpointing import checkpointing
@@ -57,11 +58,11 @@ def mean_over_examples(
         RuntimeError: Another process failed.
         torch.OutOfMemoryError: A single example does not fit in memory.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: must be at least 1, or None")
+    _check_number(num_samples)
     check_loader(calibration_dataloader)
     model = objective.forward.model
     if device is not None:
+        _check_device(device)
         model.to(device)
     sums = GradientSums(parameters, objective.power)
     processes = Processes(parameters, dividing=not objective.one_at_a_time)
@@ -91,6 +92,25 @@ def mean_over_examples(
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
     return {name: total.div_(count) for name, total in sums.totals.items()}, count
+
+
+def _check_number(num_samples: int | None) -> None:
+    if num_samples is not None:
+        check_integer("num_samples", num_samples)
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}: must be at least 1, or None")
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # Backends that are not there raise assertions, among others.
+    except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device={device!r} cannot be used: name one that this machine has, such as 'cpu', "
+            f"'cuda' or 'mps', or leave it out ({reason})"
+        ) from error
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fish_tuning.arguments import check_scores
 from fish_tuning.names import kind_of, layer_path
 from fish_tuning.selection.ranking import highest
 
@@ -54,6 +55,8 @@ def compare_scores(
     Raises:
         ValueError: The two have different parameters, or `keep_ratio` is out of range.
     """
+    check_scores("first", first)
+    check_scores("second", second)
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio={keep_ratio!r} is not in (0, 1]")
     differing = [

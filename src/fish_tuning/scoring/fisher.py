@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.arguments import check_integer, check_type
 from fish_tuning.config import Estimator, Statistic, TokenReduction
 from fish_tuning.engines import unwrapped
 from fish_tuning.names import opposite_side, side_of
@@ -92,6 +94,7 @@ def calculate_fisher_information(
         provenance says how they were made.
 
     Raises:
+        TypeError: An argument has the wrong type, such as a model's name for the model.
         ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
             a loss is not finite, or an argument is out of range; rows hold several examples that
             cannot be told apart or that see each other; the parameters are sharded or
@@ -101,6 +104,7 @@ def calculate_fisher_information(
     """
     model = unwrapped(model)
     check_choice("statistic", statistic, get_args(Statistic))
+    check_integer("seed", seed)
     parameters = trainable_parameters(model)
     objective = Objective(
         Forward(model),
@@ -194,6 +198,8 @@ def _zero_sides_perturbed(model: nn.Module, std: float, seed: int) -> Iterator[l
     Yields:
         The names of the perturbed parameters.
     """
+    check_type("std", std, Real, "a number above 0")
+    check_integer("seed", seed)
     if not std > 0:
         raise ValueError(f"std={std}: must be above 0")
     zero_sides = {

@@ -55,6 +55,7 @@ class SingleLabel:
         )
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        check_classes(logits, labels)
         return F.cross_entropy(precise(logits), labels.long(), reduction="none")
 
     def expectation(self, logits: Tensor, power: int) -> list[Tensor]:
@@ -97,6 +98,7 @@ class Tokens:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        check_classes(logits, labels)
         labels = self._aligned(logits, labels)
         by_token = token_losses(logits.flatten(0, 1), labels.flatten(), IGNORED)
         losses = by_token.view_as(labels).sum(1)
@@ -189,6 +191,22 @@ LIKELIHOODS: tuple[Likelihood, ...] = (
     Regression(),
 )
 """All likelihoods; of those that fit the same shapes, the likelier one comes first."""
+
+
+def check_classes(logits: Tensor, labels: Tensor) -> None:
+    """Checks that integer labels are classes of the logits, or -100.
+
+    Raises:
+        ValueError: One is not. On an accelerator, torch would end the process.
+    """
+    classes = logits.shape[-1]
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"label {int(wrong[0])} is not one of the model's {classes} classes, 0 to "
+            f"{classes - 1}: build the model with more labels (num_labels), or correct the data; "
+            f"{IGNORED} marks positions without a label"
+        )
 
 
 def generator_of(seed: int, example: int, draw: int) -> torch.Generator:

@@ -18,6 +18,7 @@ from fish_tuning.scoring.likelihood import (
     Likelihood,
     Regression,
     Tokens,
+    check_classes,
     generator_of,
 )
 from fish_tuning.scoring.own_loss import OwnLoss
@@ -129,7 +130,11 @@ class Objective:
         """
         position = _most_labeled(batch)
         one = take(batch, slice(position, position + 1))
-        outputs = self.forward(one, with_labels=self._loss_fn is None)
+        try:
+            outputs = self.forward(one, with_labels=self._loss_fn is None)
+        except IndexError:
+            self._check_labels(one)
+            raise
         if self._loss_fn is not None:
             return
         own = loss_of(outputs)
@@ -161,6 +166,14 @@ class Objective:
         if isinstance(kind, Tokens):
             kind = replace(kind, reduction=self._reduction)
         self._likelihood = kind
+
+    def _check_labels(self, one: Batch) -> None:
+        """Says so if the model failed because a label is not one of its classes."""
+        labels = _labels_of(one)
+        if self._loss_fn is None and isinstance(labels, Tensor) and not labels.is_floating_point():
+            logits = logits_of(self.forward(one, with_labels=False))
+            if isinstance(logits, Tensor):
+                check_classes(logits, labels)
 
     def _check_own_loss(self, own: Tensor | None, logits: object, labels: object) -> None:
         if own is None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fish_tuning import __version__
+from fish_tuning.arguments import check_scores
 from fish_tuning.atomic import write_atomically
 from fish_tuning.hub import find_file
 from fish_tuning.mask.files import first_problem
@@ -49,6 +50,7 @@ class FishScores(dict[str, Tensor]):
     def __init__(
         self, tensors: Mapping[str, Tensor], *, provenance: Mapping[str, Any] | None = None
     ) -> None:
+        check_scores("tensors", tensors)
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

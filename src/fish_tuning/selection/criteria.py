@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.arguments import check_integer, check_scores, check_type
+
 
 def random_scores(like: Mapping[str, Tensor | Sequence[int]], seed: int) -> dict[str, Tensor]:
     """Uniform scores in [0, 1): selecting by them selects at random.
@@ -21,6 +23,8 @@ def random_scores(like: Mapping[str, Tensor | Sequence[int]], seed: int) -> dict
     Returns:
         Parameter name to float64 scores on the CPU. In float32, a large pool would have many ties.
     """
+    check_scores("like", like)
+    check_integer("seed", seed)
     scores = {}
     for name, shape in like.items():
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -39,6 +43,7 @@ def reversed_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Parameter name to negated scores with the same shape, dtype and device.
     """
+    check_scores("scores", scores)
     return {name: -tensor for name, tensor in scores.items()}
 
 
@@ -54,4 +59,5 @@ def magnitude_scores(model_or_params: nn.Module | Mapping[str, Tensor]) -> dict[
     """
     if isinstance(model_or_params, nn.Module):
         model_or_params = {n: p for n, p in model_or_params.named_parameters() if p.requires_grad}
+    check_type("model_or_params", model_or_params, Mapping, "a model, or its weights by name")
     return {name: tensor.detach().abs() for name, tensor in model_or_params.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fish_tuning.arguments import check_integer, check_scores
 from fish_tuning.names import exactly, kind_of, opposite_side
 from fish_tuning.selection.budget import not_matching, patterns_of
 
@@ -70,9 +71,13 @@ def create_ranks_from_fisher(
         `alpha_pattern`. Modules of rank 0 are not among the target modules.
 
     Raises:
+        TypeError: An argument has the wrong type.
         ValueError: There are no scores of a LoRA or of matrices, LoRA's A was scored at B = 0,
             ranks differ, or the budget has no room for a single rank.
     """
+    check_scores("fisher_scores", fisher_scores)
+    check_integer("budget", budget, 1)
+    check_integer("max_rank", max_rank, 1)
     kept = set(not_matching(fisher_scores, patterns_of(names_to_exclude)))
     modules = _modules({name: t for name, t in fisher_scores.items() if name in kept}, max_rank)
     ranks = _ranks(modules, budget)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from fish_tuning.arguments import check_scores
 from fish_tuning.config import Scope
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.selection.budget import patterns_of, pool_and_quota
@@ -60,6 +61,7 @@ def create_mask_from_fisher(
     """
     if scope not in get_args(Scope):
         raise ValueError(f"scope={scope!r} is unknown: use one of {', '.join(get_args(Scope))}.")
+    check_scores("fisher_scores", fisher_scores)
     _check_scores(fisher_scores)
     entries = {name: scores.numel() for name, scores in fisher_scores.items()}
     pool, k = pool_and_quota(entries, keep_ratio, names_to_exclude, num_trainable)

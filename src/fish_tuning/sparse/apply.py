@@ -7,8 +7,9 @@ from itertools import chain
 
 from torch import Tensor, nn
 
+from fish_tuning.arguments import check_mask
 from fish_tuning.distributed import check_equal
-from fish_tuning.engines import check_maskable
+from fish_tuning.engines import check_maskable, check_model
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.checks import (
@@ -60,6 +61,7 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
             masks. The model is unchanged.
     """
     check_maskable(model)
+    check_mask("mask", mask)
     check_unmasked(model, mask)
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
@@ -99,6 +101,7 @@ def remove_mask(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model has no mask.
     """
+    check_model(model)
     state = state_of(model)
     if state is None:
         raise ValueError("the model has no mask to remove")
@@ -116,6 +119,7 @@ def get_mask(model: nn.Module, adapter: str | None = None) -> FishMask | None:
     Returns:
         The mask, whose tensors are built at each call, or None if there is none.
     """
+    check_model(model)
     state = state_of(model)
     if state is None:
         return None
