@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PolyConfig, get_peft_model
 from torch import nn
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from fish_tuning.scoring.inputs.forward import Forward
 from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
@@ -48,6 +49,17 @@ def test_a_mixed_model_takes_what_its_base_model_takes(caplog):
         expected = forward.model(**batch)
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
     assert "BertForSequenceClassification.forward does not take them: idx" in caplog.text
+
+
+def test_no_cache_below_the_head():
+    """Guards models whose head passes `use_cache` on: with a cache, transformers ignores position
+    ids that start again."""
+    settings = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
+    model = GraniteMoeForCausalLM(GraniteMoeConfig(**settings, **heads)).eval()
+    with torch.no_grad():
+        outputs = Forward(model)(pad(examples_for(tiny_llama(), 2)), with_labels=False)
+    assert outputs.past_key_values is None
 
 
 def test_unknown_keys_are_dropped_and_named_once(caplog):

@@ -9,6 +9,7 @@ from typing import Any, get_args, is_typeddict
 import torch
 from peft import PeftMixedModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fish_tuning.engines import device_of
 from fish_tuning.scoring.inputs.batches import LABELS, Batch, Ragged, described, with_tensors
@@ -46,6 +47,7 @@ class Forward:
         self._taken = {*self._named, *declared, *own}
         self._refused: set[str] = set()
         self._dropped: set[str] = set()
+        self._caches = "use_cache" in self._named or _passes_on(self.base, "use_cache")
         self._labels_needed = LABELS in self._required
         self._skipping_helps: bool | None = None
 
@@ -123,7 +125,7 @@ class Forward:
             for key, value in taken.items()
             if not (isinstance(value, Ragged) and value.is_empty)
         }
-        if "use_cache" in self._named:
+        if self._caches:
             arguments.setdefault("use_cache", False)
         return arguments
 
@@ -195,6 +197,15 @@ def _base_of(model: Any) -> Any:
         return model.base_model.model
     get_base_model = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()
+
+
+def _passes_on(model: Any, key: str) -> bool:
+    """Whether a transformers model passes this keyword on to the model without its head."""
+    inner = getattr(model, "base_model", model)
+    if not isinstance(model, PreTrainedModel) or inner is model:
+        return False
+    own, below = (inspect.signature(part.forward).parameters for part in (model, inner))
+    return key in below and any(p.kind is p.VAR_KEYWORD for p in own.values())
 
 
 def _keywords(parameters: Iterable[inspect.Parameter]) -> tuple[bool, set[str]]:
