@@ -1,6 +1,5 @@
 """A built Trainer and its settings -> a Trainer that trains a masked model."""
 
-import logging
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +16,6 @@ from fish_tuning.from_trainer.undisturbed import undisturbed
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.objective import ExampleLoss
 from fish_tuning.sparse.apply import is_masked
-
-logger = logging.getLogger(__name__)
-
 
 def mask_trainer(
     trainer: Trainer, config: FishConfig | None = None, *, progress: bool = True
@@ -82,6 +78,7 @@ def attach_mask(trainer: Any, mask: FishMask) -> None:
     names = parameter_names(trainer.model)
     callback = FishTuningCallback(mask)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    trainer.pop_callback(FishTuningCallback)  # Of a mask that has been removed.
     trainer.add_callback(callback)
     if trainer.optimizer is not None:
         follow_mask(trainer.optimizer, names, trainer.model)
