@@ -1,7 +1,6 @@
 """mask_trainer: scores with a Trainer's own loss, and a Trainer that trains what was selected."""
 
 import copy
-import random
 
 import numpy as np
 import pytest
@@ -20,92 +19,20 @@ from fish_tuning import (
 from fish_tuning.from_trainer.masking import score_trainer
 from tests.from_trainer.trainers import (
     ALL,
-    PAIRS,
-    SCORED_PAIRS,
-    TRIPLES,
+    TRAINERS,
     Weighted,
     bert,
     causal,
-    completions,
     dpo,
-    dpo_new_adapter,
-    kto,
     own_loss_scores,
     plain,
-    reward,
-    sentence_trainer,
-    seq2seq,
-    sft,
-    token_loss,
 )
-from tests.models import assert_scores_close, tiny_gpt2
+from tests.models import assert_scores_close
 from tests.training import arguments, assert_trained_where_selected, data_for, tensors_of, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-
-def sentences(loss, columns):
-    return lambda folder: sentence_trainer(folder, loss, columns)
-
-
-TRAINERS = {
-    "plain": plain,
-    "label-smoothing": lambda folder: plain(folder, args={"label_smoothing_factor": 0.2}),
-    "subclass": lambda folder: plain(folder, Weighted),
-    "compute-loss-func": lambda folder: plain(folder, model=causal(), compute_loss_func=token_loss),
-    "language-model": lambda folder: plain(folder, model=causal(tiny_gpt2)),
-    "language-model-smoothing": lambda folder: plain(
-        folder, model=causal(tiny_gpt2), args={"label_smoothing_factor": 0.2}
-    ),
-    "seq2seq": seq2seq,
-    "seq2seq-smoothing": lambda folder: seq2seq(folder, label_smoothing_factor=0.1),
-    "sft": sft,
-    "sft-completions": completions,
-    "sft-dft": lambda folder: sft(folder, args={"loss_type": "dft"}),
-    "dpo": dpo,
-    "dpo-new-adapter": dpo_new_adapter,
-    "reward": reward,
-    "kto": kto,
-    "cosine": sentences(lambda losses, model: losses.CosineSimilarityLoss(model), SCORED_PAIRS),
-    "triplet": sentences(lambda losses, model: losses.TripletLoss(model), TRIPLES),
-    "negatives": sentences(
-        lambda losses, model: losses.MultipleNegativesRankingLoss(model), TRIPLES
-    ),
-}
 TRAINED = ["plain", "subclass", "seq2seq", "sft", "dpo", "dpo-new-adapter", "reward", "kto"]
-
-
-@pytest.mark.parametrize("build", TRAINERS.values(), ids=TRAINERS)
-def test_scores_are_those_of_the_trainers_own_loss(build, tmp_path):
-    """Guards the loss, the collator and the data that the Trainer trains with."""
-    trainer = build(tmp_path)
-    _, scores = score_trainer(trainer, ALL, progress=False)
-    assert_scores_close(scores, own_loss_scores(trainer), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "args",
-    [{"padding_free": True}, {"packing": True, "max_length": 16}],
-    ids=["padding-free", "packed"],
-)
-def test_rows_of_several_examples(args, tmp_path):
-    """Guards TRL's ways to avoid padding: scores are by example, and counted by example."""
-    expected = own_loss_scores(sft(tmp_path))
-    trainer = sft(tmp_path, args={"max_length": None, **args})
-    _, scores = score_trainer(trainer, ALL, progress=False)
-    assert_scores_close(scores, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("build", [plain, sft])
-def test_a_models_own_loss_takes_one_pass(build, tmp_path, monkeypatch):
-    """Guards the speed of the usual Trainers."""
-    trainer = build(tmp_path)
-    monkeypatch.setattr(type(trainer), "compute_loss", type(trainer).compute_loss)
-    calls = []
-    trainer.model.register_forward_pre_hook(lambda *args: calls.append(args))
-    score_trainer(trainer, ALL, progress=False)
-    batches = -(-len(trainer.train_dataset) // trainer.args.per_device_train_batch_size)
-    assert len(calls) == batches + 1  # One example, by which the loss is recognized.
 
 
 @pytest.mark.parametrize("name", [*TRAINED, "cosine"])
@@ -121,7 +48,9 @@ def test_the_masked_trainer_trains(name, tmp_path):
     assert_trained_where_selected(trainer.model, mask, before)
 
 
-@pytest.mark.parametrize("name", ["plain", "dpo-new-adapter", "cosine"])
+@pytest.mark.parametrize(
+    "name", ["plain", "cosine", pytest.param("dpo-new-adapter", marks=pytest.mark.slow)]
+)
 def test_checkpoints_hold_the_mask_and_resume(name, tmp_path):
     """Guards a resumed run of another mask, or of none."""
 
@@ -171,47 +100,6 @@ def test_configs(config, tmp_path):
     assert "modules_to_save" in " ".join(mask)
 
 
-# What a Trainer was before
-
-
-def states():
-    numpy = np.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]
-
-
-@pytest.mark.parametrize("name", ["plain", "subclass", "sft", "dpo", "kto", "cosine"])
-def test_the_trainer_is_left_as_it_was(name, tmp_path):
-    """Guards metrics, counters and logs of examples that were only scored."""
-    trainer = TRAINERS[name](tmp_path)
-    parts = [trainer, trainer.state, trainer.control, trainer.accelerator]
-    before = [dict(vars(part)) for part in parts]
-    contents = copy.deepcopy([trainer.state, getattr(trainer, "_metrics", None)])
-    generators = states()
-    modes = [module.training for module in trainer.model.modules()]
-    score_trainer(trainer, FishConfig(keep_ratio=0.5, num_samples=3), progress=False)
-    for part, attributes in zip(parts, before, strict=True):
-        assert vars(part).keys() == attributes.keys()
-        assert all(vars(part)[key] is value for key, value in attributes.items())
-    assert contents == [trainer.state, getattr(trainer, "_metrics", None)]
-    assert generators == states()
-    assert modes == [module.training for module in trainer.model.modules()]
-    assert all(p.grad is None for p in trainer.model.parameters())
-
-
-def trained_on(trainer):
-    torch.manual_seed(3)
-    return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
-
-
-@pytest.mark.parametrize("build", [plain, sft])
-def test_the_order_of_the_data_stays(build, tmp_path):
-    """Guards training that sees its examples in another order because of scoring."""
-    expected = trained_on(build(tmp_path))
-    trainer = build(tmp_path)
-    mask_trainer(trainer, progress=False)
-    assert trained_on(trainer) == expected
-
-
 def test_a_config_and_a_trainer_give_one_mask(tmp_path):
     """Guards masks that depend on random numbers drawn before."""
     config = FishConfig(keep_ratio=0.2, num_samples=3)
@@ -237,7 +125,7 @@ def test_a_config_and_a_trainer_give_one_mask(tmp_path):
     ],
     ids=["bf16", "checkpointing", "reentrant"],
 )
-@pytest.mark.parametrize("build", [plain, dpo])
+@pytest.mark.parametrize("build", [plain, pytest.param(dpo, marks=pytest.mark.slow)])
 def test_prepared_models(build, args, tmp_path):
     """Guards models that accelerate has wrapped, and other ways to train."""
     trainer = build(tmp_path, args=args)
@@ -258,33 +146,6 @@ def test_a_model_in_bfloat16(tmp_path):
     assert_scores_close(scores, own_loss_scores(trainer), rtol=0.05)
 
 
-def own_optimizer(trainer, named):
-    def group(rate, of_b):
-        items = trainable(trainer.model).items()
-        chosen = [item for item in items if ("lora_B" in item[0]) == of_b]
-        return {"lr": rate, "params": chosen if named else [p for _, p in chosen]}
-
-    return torch.optim.AdamW([group(0.02, True), group(0.01, False)])
-
-
-@pytest.mark.parametrize("kind", ["created", "own", "named"])
-def test_an_optimizer_that_exists_trains_the_values(kind, tmp_path):
-    """Guards an optimizer that goes on with the dense parameters."""
-    trainer = plain(tmp_path)
-    if kind == "created":
-        trainer.create_optimizer()
-    else:
-        trainer.optimizer = own_optimizer(trainer, kind == "named")
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    before = tensors_of(trainer.model, trainable(trainer.model))
-    mask = mask_trainer(trainer, FishConfig(keep_ratio=0.1, scope="global"), progress=False)
-    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in held} == {id(p) for p in trainable(trainer.model).values()}
-    assert rates == [group["lr"] for group in trainer.optimizer.param_groups]
-    trainer.train()
-    assert_trained_where_selected(trainer.model, mask, before)
-
-
 def test_removing_the_mask_and_masking_again(tmp_path):
     """Guards a Trainer whose first mask was a mistake."""
     trainer = plain(tmp_path)
@@ -300,24 +161,6 @@ def test_removing_the_mask_and_masking_again(tmp_path):
 
 
 # What cannot be scored
-
-
-@pytest.mark.parametrize(
-    ("loss", "columns", "said"),
-    [
-        ("MultipleNegativesRankingLoss", PAIRS, "MultipleNegativesRankingLoss has no gradient"),
-        ("CoSENTLoss", SCORED_PAIRS, "CoSENTLoss has no gradient for one example alone"),
-        ("CachedMultipleNegativesRankingLoss", TRIPLES, "same name without 'Cached'"),
-    ],
-)
-def test_losses_of_a_whole_batch(loss, columns, said, tmp_path):
-    """Guards a mask by position, where one example has no gradient."""
-    trainer = sentence_trainer(
-        tmp_path, lambda losses, model: getattr(losses, loss)(model), columns
-    )
-    with pytest.raises(ValueError, match=said):
-        mask_trainer(trainer, progress=False)
-    assert get_mask(trainer.model) is None
 
 
 def trained(folder):
@@ -403,10 +246,3 @@ def test_mistakes(build, config, error, said, tmp_path):
     trainer = build(tmp_path)
     with pytest.raises(error, match=said):
         mask_trainer(trainer, config, progress=False)
-
-
-def test_packed_rows_of_another_loss_are_refused(tmp_path):
-    """Guards a row of several examples that is scored as one."""
-    trainer = sft(tmp_path, args={"loss_type": "dft", "packing": True, "max_length": 16})
-    with pytest.raises(ValueError, match=r"several examples.*set packing=False"):
-        mask_trainer(trainer, progress=False)

@@ -147,6 +147,37 @@ TRIPLES = {**PAIRS, "third": TEXTS[2:] + TEXTS[:2]}
 SCORED_PAIRS = {**PAIRS, "label": [0.1, 0.9, 0.4, 0.0, 1.0, 0.3]}
 
 
+def sentences(loss, columns):
+    return lambda folder: sentence_trainer(folder, loss, columns)
+
+
+TRAINERS = {
+    "plain": plain,
+    "label-smoothing": lambda folder: plain(folder, args={"label_smoothing_factor": 0.2}),
+    "subclass": lambda folder: plain(folder, Weighted),
+    "compute-loss-func": lambda folder: plain(folder, model=causal(), compute_loss_func=token_loss),
+    "language-model": lambda folder: plain(folder, model=causal(tiny_gpt2)),
+    "language-model-smoothing": lambda folder: plain(
+        folder, model=causal(tiny_gpt2), args={"label_smoothing_factor": 0.2}
+    ),
+    "seq2seq": seq2seq,
+    "seq2seq-smoothing": lambda folder: seq2seq(folder, label_smoothing_factor=0.1),
+    "sft": sft,
+    "sft-completions": completions,
+    "sft-dft": lambda folder: sft(folder, args={"loss_type": "dft"}),
+    "dpo": dpo,
+    "dpo-new-adapter": dpo_new_adapter,
+    "reward": reward,
+    "kto": kto,
+    "cosine": sentences(lambda losses, model: losses.CosineSimilarityLoss(model), SCORED_PAIRS),
+    "triplet": sentences(lambda losses, model: losses.TripletLoss(model), TRIPLES),
+    "negatives": sentences(
+        lambda losses, model: losses.MultipleNegativesRankingLoss(model), TRIPLES
+    ),
+}
+"""A Trainer of every kind, by name: functions of the folder it writes into."""
+
+
 def own_loss_scores(trainer: Any) -> dict[str, Tensor]:
     """The mean squared gradient of the Trainer's own loss, one example at a time."""
     loader = trainer.get_train_dataloader()

@@ -17,6 +17,7 @@ from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.objective import ExampleLoss
 from fish_tuning.sparse.apply import is_masked
 
+
 def mask_trainer(
     trainer: Trainer, config: FishConfig | None = None, *, progress: bool = True
 ) -> FishMask:
