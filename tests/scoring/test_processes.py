@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from transformers import DataCollatorWithFlattening
 
 from fish_tuning import FishConfig, apply_mask, get_fish_model, get_mask, score_with_perturbed_b
 from tests.models import (
@@ -67,6 +68,22 @@ def test_language_model_one_example_at_a_time(tmp_path):
     batches[0]["labels"] = torch.full_like(batches[0]["labels"], IGNORED)
     results = in_processes(4, tmp_path / "a", scores_with, model, batches, [{}])
     assert_equal_scores(results[3][0], scored(model, batches))
+
+
+def test_rows_of_several_examples(tmp_path):
+    """Guards the number of each example, and a cut within a row, when processes share the rows."""
+    model = lora_llama()
+    examples = [
+        {key: example[key].tolist() for key in ("input_ids", "labels")}
+        for example in examples_for(model, 11)
+    ]
+    collator = DataCollatorWithFlattening()
+    rows = [collator(examples[i : i + 3]) for i in range(0, 11, 3)]
+    options = [{"num_samples": 8}, {"estimator": "true"}]
+    by_rank = in_processes(2, tmp_path / "a", scores_with, model, rows, options)
+    for each, results in zip(options, zip(*by_rank, strict=True), strict=True):
+        assert_identical(results)
+        assert_equal_scores(results[0], scored(model, rows, **each))
 
 
 def perturbed_and_masked(rank, batches):
