@@ -66,6 +66,25 @@ def converted(model: Any, folder: Path) -> Tensor:
     return torch.cat([state[name.replace("lora_A", "lora_B")] @ state[name] for name in names])
 
 
+class Caller(torch.nn.Module):
+    """Somebody's module around the model, which gives it its input by name."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return output_of(self.model, input_ids)
+
+
+def exported_inside(model: Any, folder: Path) -> Tensor:
+    return torch.export.export(Caller(model), (IDS,)).module()(IDS)
+
+
+def traced(model: Any, folder: Path) -> Tensor:
+    return torch.jit.trace(Caller(model), IDS)(IDS)
+
+
 def mask_removed(model: Any, folder: Path) -> Tensor:
     if get_mask(model) is not None:
         remove_mask(model)
@@ -92,6 +111,8 @@ READERS: dict[str, Callable[[Any, Path], Tensor]] = {
     ),
     "remove_mask": mask_removed,
     "export": exported,
+    "export of a model around it": exported_inside,
+    "jit.trace": traced,
 }
 
 

@@ -226,3 +226,19 @@ def test_compiled_model_has_no_graph_more():
         graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     assert graphs[0] == graphs[1]
+
+
+def test_dropout_draws_the_same_numbers():
+    """Guards against losses that differ from those of the dense model with the same seed."""
+    model = lora_bert(lora_dropout=0.5)
+    dense = copy.deepcopy(model)
+    mask = mask_for(model)
+    apply_mask(model, mask)
+    batch = pad(examples_for(model, 4))
+    logits = []
+    for each in (model, dense):
+        torch.manual_seed(3)
+        logits.append(each.train()(**batch).logits)
+    assert torch.equal(*logits)
+    assert IDLE in called(model, batch)
+    assert IDLE not in called(model.eval(), batch)

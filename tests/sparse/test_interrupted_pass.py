@@ -30,6 +30,24 @@ def interrupted_model():
     return model, batch
 
 
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_a_copy_right_after(part):
+    """Guards against an error of torch's about tensors that are no leaves."""
+    model, batch = interrupted_model()
+    if part == "model":
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(**batch).logits, model(**batch).logits)
+        loss = copied(**batch).logits.sum()
+        loss.backward()
+        trained = [p for p in copied.parameters() if p.requires_grad]
+        assert trained and all(p.grad is not None for p in trained if p.numel())
+    else:
+        layer = model.get_base_model().bert.encoder.layer[0].attention.self.query
+        x = torch.ones(1, layer.in_features)
+        copied = copy.deepcopy(layer)
+        assert torch.equal(copied(x), layer(x))
+
+
 def test_skipped_layers_count_again():
     """Guards a layer that was skipped when the pass was interrupted against being lost."""
     model = with_lora(tiny_bert()).eval()

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_layer_status,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainingArguments
 
@@ -24,6 +30,7 @@ from tests.sparse.twins import (
     random_bits,
     seeded,
     tensor_of,
+    values_of,
 )
 
 
@@ -270,3 +277,25 @@ def test_counts_of_peft_are_those_of_the_mask(kind, capsys):
     assert total == dense_total - dense_trainable + trainable
     twins.masked.print_trainable_parameters()
     assert f"trainable params: {trainable:,} ||" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("where", ["parameters", "tensors"])
+def test_status_after_freezing_directly(kind, where):
+    """Guards against a status, or a graph, of what was trained before."""
+    twins = Twins.build(kind)
+    names = [name for name in twins.partly() if "lin0" in name]
+    for trained in (False, True):
+        for model in twins.models():
+            for name in names:
+                masked = model is twins.masked and where == "parameters"
+                of = values_of if masked else tensor_of
+                of(model, name).requires_grad_(trained)
+        for status in (get_layer_status, lambda model: model.get_layer_status()):
+            ours, dense = (status(model) for model in twins.models())
+            assert [s.requires_grad for s in ours] == [s.requires_grad for s in dense]
+        for model in twins.models():
+            loss_of(model.eval(), inputs()).backward()
+        twins.assert_same_gradients()
+        twins.masked.zero_grad()
+        twins.dense.zero_grad()

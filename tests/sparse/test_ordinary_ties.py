@@ -201,3 +201,23 @@ def test_tied_embeddings_that_are_saved_or_trained_in_part(kind, tmp_path):
     assert tensor_of(merged[0], "lm_head.weight") is tensor_of(
         merged[0], "model.embed_tokens.weight"
     )
+
+
+@pytest.mark.parametrize("masked", ["some", "none", "all"])
+def test_weights_that_were_untied_are_noticed(masked):
+    """Guards against tying again what the owner has parted."""
+    model = base_model(OWN)
+    bits = {name: torch.ones_like(p).bool() for name, p in model.named_parameters()}
+    if masked != "all":
+        bits["embedding.weight"][:] = False
+        bits["embedding.weight"][:3] = masked == "some"
+    apply_mask(model, bits)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    if masked == "all":
+        assert model(inputs()).requires_grad
+        return
+    for use in (lambda: model(inputs()), model.state_dict):
+        with pytest.raises(RuntimeError, match=r"no longer fits.*were tied.*remove_mask"):
+            use()
+    remove_mask(model)
+    assert model.head.weight is not model.embedding.weight

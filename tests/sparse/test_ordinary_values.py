@@ -40,11 +40,7 @@ def write_average(twins, write):
         dense.data[twins.bits[name]] *= 0.5
 
 
-# torch.export takes the tensors without asking the model: call it, or save it, before.
-OF_VALUES = [name for name in READERS if name != "export"]
-
-
-@pytest.mark.parametrize("reader", OF_VALUES)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("writer", VALUE_WRITERS)
 def test_an_average_of_the_values_is_read(writer, reader, tmp_path):
     """Guards against averages that merging, saving or copying does not see."""
@@ -54,7 +50,7 @@ def test_an_average_of_the_values_is_read(writer, reader, tmp_path):
     assert_reads_the_same(twins, reader, tmp_path)
 
 
-@pytest.mark.parametrize("reader", OF_VALUES)
+@pytest.mark.parametrize("reader", READERS)
 def test_an_update_by_hand_is_read(reader, tmp_path):
     """Guards against a loop without an optimizer, whose steps nobody announces."""
     twins = Twins.build("lora")
@@ -82,7 +78,7 @@ class Averaging(torch.optim.SGD):
                 p.data = average
 
 
-@pytest.mark.parametrize("reader", OF_VALUES)
+@pytest.mark.parametrize("reader", READERS)
 def test_an_optimizer_with_a_mode_for_evaluation(reader, tmp_path):
     """Guards against evaluating, or going on from, the other of the two modes' values."""
     twins = Twins.build("lora")

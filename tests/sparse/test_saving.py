@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fish_tuning import FishMask, apply_mask, get_mask
+from fish_tuning import FishMask, apply_mask, get_mask, remove_mask
 from fish_tuning.sparse.saving import check_checkpoint
+from tests.models import tiny_llama
 from tests.sparse.small import LORA, Mlp, inputs, lora_mlp, random_mask, train
 
 
@@ -61,3 +63,38 @@ def test_weights_of_another_mask_are_refused(tmp_path):
     assert torch.equal(same(inputs()), model(inputs()))
     masked().load_state_dict(state)
     lora_mlp().load_state_dict(state)
+
+
+def test_weights_saved_without_the_mask_are_noticed(tmp_path):
+    """Guards against the mask of an earlier save beside weights that were trained densely."""
+    model = masked()
+    model.save_pretrained(tmp_path)
+    mask = FishMask.from_pretrained(tmp_path)
+    train(remove_mask(model))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_model.*without the mask.*delete fish_mask.json"):
+        FishMask.from_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert FishMask.from_pretrained(tmp_path) == mask
+
+
+def test_adapters_of_transformers(tmp_path):
+    """Guards against the mask of another adapter than the one that is saved, and its card."""
+    model = tiny_llama()
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    for seed, name in enumerate(("mine", "other")):
+        model.add_adapter(config, adapter_name=name)
+        apply_mask(model, random_mask(model, name, seed))
+    for name in ("mine", "other"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+        mask = FishMask.from_pretrained(tmp_path / name)
+        assert mask == get_mask(model, name)
+        code = ModelCard.load(tmp_path / name / "README.md").text.split("```")[1]
+        names = {"model": tiny_llama(), "source": tmp_path / name}
+        exec(code.removeprefix("python"), names)
+        assert get_mask(names["model"]) == mask
+    model.add_adapter(config, adapter_name="unmasked")
+    model.set_adapter("unmasked")
+    model.save_pretrained(tmp_path / "unmasked")
+    assert not list((tmp_path / "unmasked").glob("fish_mask*"))

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from fish_tuning import apply_mask
-from tests.sparse.small import inputs, lora_mlp, random_mask, train
+from tests.sparse.small import adapter_tensors, inputs, lora_mlp, random_mask, train
 
 
 def masked(dtype=torch.float32):
@@ -74,3 +74,43 @@ def test_each_tensor_is_saved_once(tmp_path):
     larger = (tmp_path / "model.pt").stat().st_size - (tmp_path / "plain.pt").stat().st_size
     # The checksums of the mask.
     assert larger < 2_000
+
+
+def test_keep_vars_gives_what_the_modules_hold():
+    """Guards against a filter by requires_grad that finds nothing trained."""
+    model = masked()
+    kept = model.state_dict(keep_vars=True)
+    for name, tensor in adapter_tensors(model).items():
+        path, _, attribute = name.rpartition(".")
+        assert kept[name] is getattr(model.get_submodule(path), attribute)
+        assert kept[name].requires_grad
+        assert torch.equal(kept[name], tensor)
+
+
+def test_a_file_of_another_mask_is_refused(tmp_path):
+    """Guards against a loop of one's own that goes on with other entries than were trained."""
+    trained, same = masked(), masked()
+    train(trained)
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    saved = load_file(tmp_path / "model.safetensors")
+    same.load_state_dict(saved)
+    assert torch.equal(same(inputs()), trained(inputs()))
+    other = lora_mlp()
+    apply_mask(other, random_mask(other, seed=1))
+    with pytest.raises(
+        ValueError, match=r"or under none: it changes \d+ of \d+ entries of .*lora_"
+    ):
+        other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_of_the_same_mask_and_another_start(dtype):
+    """Guards against refusing what was drawn from another seed, or rounded."""
+    trained, plain = masked(), lora_mlp(seed=2)
+    train(trained)
+    model = lora_mlp(seed=1)
+    apply_mask(model, random_mask(model))
+    for state in (trained.state_dict(), plain.state_dict()):
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name].to(dtype).float())

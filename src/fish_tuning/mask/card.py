@@ -24,7 +24,13 @@ _BEGIN, _END = f"<!-- {TAG}: begin -->", f"<!-- {TAG}: end -->"
 _SECTION = re.compile(rf"\s*{_BEGIN}.*?{_END}\n?", re.DOTALL)
 
 
-def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bool = False) -> None:
+def write_card(
+    folder: str | os.PathLike[str],
+    mask: FishMask,
+    *,
+    adapter: str | None = None,
+    in_transformers: bool = False,
+) -> None:
     """Describe a mask in a folder's model card, which is created if it does not exist.
 
     The card gains the tag `fish-tuning` and a section of its own, which replaces the section of an
@@ -36,8 +42,10 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bo
     Args:
         folder: Holds the model and its card, `README.md`.
         mask: The mask of the model.
-        is_adapter: Whether the model is a PEFT adapter. Not needed if the folder already holds
-            its `adapter_config.json`.
+        adapter: The name of the PEFT adapter that the mask is of. Not needed for "default" if the
+            folder already holds its `adapter_config.json`.
+        in_transformers: Whether the adapter belongs to a model of transformers itself, which
+            loads it with `load_adapter`, and not to a `PeftModel`.
     """
     path = Path(folder) / CARD_FILE
     try:
@@ -56,9 +64,9 @@ def write_card(folder: str | os.PathLike[str], mask: FishMask, *, is_adapter: bo
         others, data.tags = without_base(others, data.tags, base)
         data.base_model = None
     others = without_blanks(
-        others, f"{'Adapter' if is_adapter else 'Model'} trained with FISH-Tuning"
+        others, f"{'Model' if adapter is None else 'Adapter'} trained with FISH-Tuning"
     ).rstrip()
-    section = _section(mask, *_loading_code(path.parent, is_adapter))
+    section = _section(mask, *_loading_code(path.parent, adapter, in_transformers))
     card.text = f"{others}\n\n{_BEGIN}\n{section}\n{_END}\n"
     write_atomically(path, str(card).encode())
 
@@ -68,13 +76,21 @@ def _is_local(base_model: str) -> bool:
     return Path(base_model).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base_model)
 
 
-def _loading_code(folder: Path, is_adapter: bool) -> tuple[list[str], list[str]]:
+def _loading_code(
+    folder: Path, adapter: str | None, in_transformers: bool
+) -> tuple[list[str], list[str]]:
     """Return Python lines that load the folder's `model` from `source`: imports, statements."""
     config = folder / "adapter_config.json"
-    if not (is_adapter or config.is_file()):
+    named = f", adapter_name={adapter!r}" if adapter not in (None, "default") else ""
+    if in_transformers:
+        return [], [
+            "# model: the base model, loaded as usual",
+            f"model.load_adapter(source{named}, is_trainable=True)",
+        ]
+    if adapter is None and not config.is_file():
         return [], ["# model: loaded from source, as usual"]
-    if is_adapter or "peft_type" in json.loads(config.read_text(encoding="utf-8")):
-        load = "model = PeftModel.from_pretrained(base_model, source, is_trainable=True)"
+    if adapter is not None or "peft_type" in json.loads(config.read_text(encoding="utf-8")):
+        load = f"model = PeftModel.from_pretrained(base_model, source{named}, is_trainable=True)"
         return ["from peft import PeftModel"], [load]
     load = "model.train_adapter(model.load_adapter(source))"
     return ["import adapters"], ["# model: the base model", "adapters.init(model)", load]
@@ -89,6 +105,8 @@ def _section(mask: FishMask, imports: list[str], statements: list[str]) -> str:
         f"{len(mask)} tensors are trained, {dense} of the tensors densely. All other entries "
         "have the values that they had before training. Method: FISH-Tuning, [arXiv 2504.04050]"
         "(https://arxiv.org/abs/2504.04050).",
+        "",
+        f"This is true of the weights whose checksums `{JSON_FILE}` lists.",
         "",
     ]
     settings = {name: value for name, value in mask.provenance.items() if value is not None}

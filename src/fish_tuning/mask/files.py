@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,11 +55,17 @@ class _Record(BaseModel):
     num_trainable: int
     num_entries: int
     sha256: str
+    weights: dict[str, str] = {}
     provenance: dict[Any, Any]
     tensors: Annotated[list[_Entry], Field(min_length=1)]
 
 
-def write_mask(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+def write_mask(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    weights: Iterable[Path] = (),
+) -> None:
     """Write the two files of a mask; see `FishMask.save_pretrained`."""
     bits = np.concatenate([np.packbits(t.cpu().numpy().reshape(-1)) for t in tensors.values()])
     entries = [
@@ -72,12 +78,36 @@ def write_mask(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[
         "num_trainable": sum(count(tensor) for tensor in tensors.values()),
         "num_entries": sum(tensor.numel() for tensor in tensors.values()),
         "sha256": hashlib.sha256(bits.data).hexdigest(),
+        "weights": {path.name: _sha256(path) for path in weights},
         "provenance": provenance,
         "tensors": entries,
     }
     write_atomically(folder / BITS_FILE, safetensors.torch.save({"bits": torch.from_numpy(bits)}))
     # The record comes last: its hash vouches for the bits, so an interrupted save is noticed.
     write_atomically(folder / JSON_FILE, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def check_weights(record_path: Path, record_content: bytes) -> None:
+    """Check that the weights beside a mask are those with which it was saved.
+
+    Somebody who knows nothing of masks may have saved others into the same folder. Without them,
+    there is nothing to check: a mask may be copied alone.
+
+    Raises:
+        ValueError: They are others.
+    """
+    for name, expected in _read_record(record_path, record_content).weights.items():
+        path = record_path.parent / name
+        if path.name == name and path.is_file() and _sha256(path) != expected:
+            raise ValueError(
+                f"{path} was saved again without the mask beside it, which describes other "
+                f"weights: delete {JSON_FILE} and {BITS_FILE}, or save the masked model there again"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_mask(

@@ -17,6 +17,7 @@ from fish_tuning.hub import find_file
 from fish_tuning.mask.files import (
     BITS_FILE,
     JSON_FILE,
+    check_weights,
     count,
     read_mask,
     unusable,
@@ -115,19 +116,23 @@ class FishMask(Mapping[str, Tensor]):
             ]
         )
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, weights: Iterable[Path] = ()
+    ) -> None:
         """Write `fish_mask.safetensors` and `fish_mask.json` into a folder.
 
         The first file holds one uint8 tensor, "bits": the bits of every tensor, flattened, in the
         mask's order, the first entry in the highest bit (`numpy.packbits`), each tensor padded to
-        a full byte. The second file holds names, shapes, counts, the SHA-256 of the bits and the
-        provenance.
+        a full byte. The second file holds names, shapes, counts, the provenance, and the SHA-256 of
+        the bits and of the weights.
 
         Args:
             directory: A local folder, created if it does not exist. Mask files already in it are
                 replaced, each of them atomically.
+            weights: Files in the folder that hold the weights trained with this mask. If others
+                take their place, `from_pretrained` refuses the mask.
         """
-        write_mask(Path(directory), self, self.provenance)
+        write_mask(Path(directory), self, self.provenance, weights)
 
     @classmethod
     def from_pretrained(
@@ -151,7 +156,7 @@ class FishMask(Mapping[str, Tensor]):
         Raises:
             FileNotFoundError: One of the two files is missing.
             ValueError: A file is damaged, has another format version, or does not match the
-                other file.
+                other file; or other weights lie beside them than when the mask was saved.
         """
         record_path, bits_path = (
             find_file(
@@ -164,9 +169,10 @@ class FishMask(Mapping[str, Tensor]):
             )
             for name in (JSON_FILE, BITS_FILE)
         )
-        return cls.from_bytes(
-            record_path.read_bytes(), bits_path.read_bytes(), record_path, bits_path
-        )
+        record = record_path.read_bytes()
+        mask = cls.from_bytes(record, bits_path.read_bytes(), record_path, bits_path)
+        check_weights(record_path, record)
+        return mask
 
     @classmethod
     def from_bytes(

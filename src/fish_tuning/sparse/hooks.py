@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -18,30 +16,18 @@ from torch.optim.optimizer import (
 from fish_tuning.engines import after_deepspeed_steps
 from fish_tuning.sparse.optimizers import check_optimizer
 from fish_tuning.sparse.state import MaskState, states
+from fish_tuning.sparse.structure import entrances
 
 
 def hook_forward(state: MaskState, root: nn.Module) -> None:
     """Hook the forward pass of a model, and of the models that PEFT has wrapped."""
-    for module in _entrances(root):
+    for module in entrances(root):
         before = functools.partial(_before_forward, state)
         after = functools.partial(_after_forward, state)
         state.uninstallers += [
             module.register_forward_pre_hook(before).remove,
             module.register_forward_hook(after, always_call=True).remove,
         ]
-
-
-def _entrances(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules through which a model is called: `generate` calls the one inside PEFT's."""
-    module: Any = root
-    while True:
-        yield module
-        if isinstance(module, PeftModel):
-            module = module.base_model
-        elif isinstance(module, BaseTuner):
-            module = module.model
-        else:
-            return
 
 
 def _no_graph_of_its_own(hook: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,8 @@
 
 The term B A x of a layer whose B is 0, with no entry of A or B trained, is 0 and stays 0. The
 model computes the same without it: a mask that leaves out whole layers saves the time of their
-adapters, most of which goes into adding zeros.
+adapters, most of which goes into adding zeros. While a layer's dropout draws random numbers, the
+layer runs: all numbers drawn after them would be others.
 """
 
 from __future__ import annotations
@@ -99,11 +100,16 @@ class _IdleLayer:
         if self.skipping:
             self.layer._active_adapter, self.skipping = self.active, False
 
+    def _draws(self) -> bool:
+        """Whether its dropout draws random numbers, without which other layers draw others."""
+        dropout = self.layer.lora_dropout[self.adapter]
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
     def _before_forward(self, layer: Any, args: Any) -> None:
         if not self.layers.running and not torch.compiler.is_compiling():
             # A layer called by itself, or run again by checkpointing.
             self.idle = self.weight is not None and not self.weight.any()
-        if self.idle:
+        if self.idle and not self._draws() and not torch.jit.is_tracing():
             self.active, self.skipping = layer._active_adapter, True
             layer._active_adapter = [n for n in layer.active_adapters if n != self.adapter]
 

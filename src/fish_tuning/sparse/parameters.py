@@ -126,7 +126,7 @@ def restore_parameter(
 
     Args:
         tensor: The tensor. Places from which it was deleted stay without it; those that hold a
-            tensor of another shape keep that.
+            tensor of another shape, or were untied, keep that.
         memory: Its entries in the order of its memory, which the parameter takes over.
         requires_grad: Whether it is trainable.
         orders: The order of the parameters in their modules.
@@ -138,10 +138,11 @@ def restore_parameter(
             module._parameters.pop(values_name(attribute), None)
             vars(module).pop(UNSELECTED, None)
             held = module._buffers.pop(attribute, None)
+            untied = held is None and tensor.is_tied
             held = module._parameters.pop(attribute, None) if held is None else held
             if held is None:
                 continue
-            fits = held.shape == view.shape
+            fits = held.shape == view.shape and not untied
             module._parameters[attribute] = (
                 parameter if fits else nn.Parameter(held.detach(), requires_grad)
             )

@@ -22,10 +22,14 @@ from torch import nn
 from fish_tuning.sparse.state import MaskState
 from fish_tuning.sparse.state_dict import owned
 from fish_tuning.sparse.storage import MaskedTensor, values_name
+from fish_tuning.sparse.structure import entrances
 
 
 def patch_model(state: MaskState, root: nn.Module) -> None:
     """Patch what reads or changes masked tensors, in a model and its modules."""
+    for module in entrances(root):
+        patch(state, module, "named_modules", _named_modules)
+        patch(state, module, "buffers", _buffers)
     for module in root.modules():
         if module is root or module in state.by_module:
             patch(state, module, "_apply", _apply)
@@ -89,6 +93,35 @@ def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs:
     if module is state.root():
         state.update()
     return result
+
+
+def _named_modules(
+    state: MaskState,
+    module: nn.Module,
+    name: str,
+    memo: set[nn.Module] | None = None,
+    prefix: str = "",
+    remove_duplicate: bool = True,
+) -> Any:
+    """What reads tensors with no method of the model's lists its modules first.
+
+    PEFT's get_layer_status wants to know what requires gradients, torch.export takes the tensors.
+    """
+    if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        state.agree_on_training()
+        if not remove_duplicate:
+            state.update_intact()
+    return original(module, name)(memo, prefix, remove_duplicate)
+
+
+def _buffers(state: MaskState, module: nn.Module, name: str, recurse: bool = True) -> Any:
+    """Without masked tensors: AveragedModel averages parameters, and then copies all buffers.
+
+    Tensors follow their values. Only torch.export has to know what is a buffer for PyTorch.
+    """
+    held = [] if torch.compiler.is_exporting() else state.held()
+    masked = {id(tensor) for tensor in held}
+    return (each for each in original(module, name)(recurse) if id(each) not in masked)
 
 
 def _read(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -167,18 +200,15 @@ def _set_requires_grad(
 ) -> Any:
     """PEFT freezes or thaws an adapter: its values follow, which PEFT reaches only in modules.
 
-    In a ParameterDict it sets the flag of the tensor. Tensors of which nothing is selected are no
-    parameters: they note the flag for the time after the mask.
+    Tensors of which nothing is selected are no parameters: they note the flag for the time after
+    the mask.
     """
     tensors = list({t: None for inner in module.modules() for t in state.by_module.get(inner, [])})
     with _as_parameters([tensor for tensor in tensors if tensor.is_frozen]):
         result = original(module, name)(*args, **kwargs)
-    for view, tensor in [(view, t) for t in tensors if t.is_split for view in t.views]:
-        if any(isinstance(place.module, nn.ParameterDict) for place in view.places):
-            tensor.values.requires_grad_(view.leaf.requires_grad)
     # Now, and not at the next forward pass: checkpointing may run a layer again before it.
     for group in {tensor.group: None for tensor in tensors if tensor.group is not None}:
-        group.follow_values()
+        group.agree_on_training()
     return result
 
 

@@ -76,8 +76,7 @@ def _conflict_error(tensors: list[MaskedTensor], conflict: Tensor | None) -> Run
         names = [tensor.name for tensor, part in zip(tensors, parts, strict=True) if part.any()]
     return RuntimeError(
         f"{names[0]} and its trained values, {values_name(names[0])}, were both written since they "
-        "last agreed, with different numbers: undo one of the two, or call the model in between. "
-        "PyTorch's AveragedModel does this unless it is built with use_buffers=True"
+        "last agreed, with different numbers: undo one of the two, or call the model in between"
     )
 
 
@@ -104,7 +103,14 @@ def take_in_replaced(tensors: Iterable[MaskedTensor]) -> dict[Group, list[Group]
         group, values = tensor.group, _tied_values(tensor)
         assert group is not None
         storage = group.storage
+        if values.is_meta and not storage.is_meta:
+            raise RuntimeError(
+                f"{values_name(tensor.name)} is on the meta device and its tensor is not: trained "
+                "values cannot be offloaded (cpu_offload, disk_offload or dispatch_model of "
+                "accelerate). Call remove_mask(model) before you offload the model"
+            )
         if (found := _outside(tensor, storage)) is not None:
+            check_tied(tensor)
             replaced[tensor] = found
             if found[1].dtype != storage.dtype or found[1].device != storage.device:
                 changed[group] = None
@@ -145,6 +151,24 @@ def current_tensor(place: Place, view: View) -> Tensor:
     return held.detach()
 
 
+def check_tied(tensor: MaskedTensor) -> None:
+    """Check that no place of a tied tensor was given a parameter of its own.
+
+    Casts and loading part the places too, but leave buffers: these are tied again.
+
+    Raises:
+        RuntimeError: One was.
+    """
+    held = {
+        place.name: current_tensor(place, view) for view in tensor.views for place in view.places
+    }
+    addresses = {name: each.data_ptr() for name, each in held.items()}
+    for place in tensor.places:
+        others = [name for name in held if addresses[name] != addresses[place.name]]
+        if others and place.attribute in place.module._parameters:
+            raise unfit(f"{place.name} and {others[0]} were tied and are no longer")
+
+
 def unfit(reason: str) -> RuntimeError:
     """The error of a mask that no longer fits its model."""
     return RuntimeError(
@@ -163,7 +187,7 @@ def _hold_leaf(view: View) -> None:
 def _tied_values(tensor: MaskedTensor) -> nn.Parameter:
     """The values of a tensor, the same in all places: casts may have parted them."""
     values = tensor.values
-    if len(tensor.views) > 1 or len(tensor.views[0].places) > 1:
+    if tensor.is_tied:
         for place in tensor.places:
             place.module._parameters[values_name(place.attribute)] = values
     return values

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.patches import original, patch
 from fish_tuning.sparse.state import MaskState, state_of
+
+_WEIGHTS = re.compile(r"(adapter_model|pytorch_adapter|model|pytorch_model)\b.*\.(safetensors|bin)")
+"""Names of files with weights that save_pretrained, Trainers and the adapters library write."""
 
 
 def patch_saving(state: MaskState, root: nn.Module) -> None:
@@ -48,24 +52,42 @@ def write_mask(model: nn.Module, folder: str, adapters: Iterable[str] | None = N
     mask = None if state is None else state.mask()
     if state is None or mask is None:
         return
-    if isinstance(model, PeftModel):
-        for adapter in model.peft_config if adapters is None else adapters:
-            part = state.mask(functools.partial(_belongs_to, model, adapter))
-            where = _adapter_folder(folder, adapter)
-            if part is not None and where.is_dir():
-                part.save_pretrained(where)
+    in_transformers = bool(getattr(model, "_hf_peft_config_loaded", False))
+    if not (in_transformers or isinstance(model, PeftModel)):
+        _save(mask, Path(folder))
+        write_card(folder, mask)
+        return
+    configs: Mapping[str, Any] = model.peft_config
+    if in_transformers:
+        # It saves the active adapter alone, whatever its name, into the folder itself.
+        (active,) = model.active_adapters()  # type: ignore[operator]
+        folders = {active: Path(folder)}
     else:
-        mask.save_pretrained(folder)
-    write_card(folder, mask, is_adapter=isinstance(model, PeftModel))
+        folders = {name: _adapter_folder(folder, name) for name in adapters or configs}
+    parts = {}
+    for adapter, where in folders.items():
+        part = state.mask(functools.partial(_belongs_to, configs, adapter))
+        if part is not None and where.is_dir():
+            parts[adapter] = part
+            _save(part, where)
+    if parts:
+        described = parts[active] if in_transformers else mask
+        write_card(folder, described, adapter=next(iter(parts)), in_transformers=in_transformers)
+
+
+def _save(mask: FishMask, folder: Path) -> None:
+    """Write a mask beside the weights in a folder, and which weights these are."""
+    found = (path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
+    mask.save_pretrained(folder, weights=sorted(found))
 
 
 def _adapter_folder(folder: str, adapter: str) -> Path:
     return Path(folder) if adapter == "default" else Path(folder, adapter)
 
 
-def _belongs_to(model: Any, adapter: str, name: str) -> bool:
+def _belongs_to(configs: Mapping[str, Any], adapter: str, name: str) -> bool:
     """Whether a tensor is not of another adapter: biases of the base are saved with each."""
-    others = model.peft_config.keys() - {adapter}
+    others = configs.keys() - {adapter}
     return not any(belongs_to_adapter(name, other) for other in others)
 
 
@@ -188,7 +210,7 @@ def _load_adapter(
     mask = state.mask(lambda tensor: belongs_to_adapter(tensor, adapter_name))
     saved = Path(model_id, JSON_FILE).is_file()
     if mask is not None and saved:
-        expected = state.mask(functools.partial(_belongs_to, model, adapter_name))
+        expected = state.mask(functools.partial(_belongs_to, model.peft_config, adapter_name))
         if FishMask.from_pretrained(model_id) != expected:
             raise ValueError(
                 f"{model_id} was trained with another mask than adapter {adapter_name!r} has: mask "

@@ -6,12 +6,31 @@ exchange brings them together, one averages their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_DIVIDED = "_fish_divided"
+"""Attribute of a complete parameter that holds fully_shard's record of it."""
+
+
+def note_shards(modules: Iterable[nn.Module]) -> None:
+    """Note where the parts of parameters are that `fully_shard` has completed for a while.
+
+    It completes those of the model itself before any hook of ours can run. What is written into
+    them would be gone with them.
+    """
+    for module in modules:
+        if (get_state := getattr(module, "_get_fsdp_state", None)) is None:
+            continue
+        state = get_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for record in (record for group in groups if group for record in group.fsdp_params):
+            if (complete := getattr(record, "_unsharded_param", None)) is not None:
+                setattr(complete, _DIVIDED, record)
 
 
 def is_sharded(values: Tensor) -> bool:
@@ -29,8 +48,10 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
     Raises:
         RuntimeError: An engine other than `fully_shard` has left a part of them only.
     """
-    full = _complete([value for value in values if is_sharded(value)])
-    parts = [(next(full) if is_sharded(value) else value.detach()).reshape(-1) for value in values]
+    parts = [value.detach() for value in values] if len(values) == 1 else values
+    if any(is_sharded(value) for value in values):
+        full = _complete([value for value in values if is_sharded(value)])
+        parts = [next(full) if is_sharded(value) else value for value in values]
     for part, size in zip(parts, sizes, strict=True):
         if part.numel() != size:
             raise RuntimeError(
@@ -38,11 +59,15 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
                 "trains under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed ZeRO-1 "
                 "or ZeRO-2, not under FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO-3"
             )
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len({part.ndim for part in parts}) > 1:
+        parts = [part.reshape(-1) for part in parts]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(-1)
 
 
 def assign(value: Any, new: Tensor) -> None:
     """Write numbers into a parameter, or this process's part of them, unseen by autograd."""
+    if (divided := getattr(value, _DIVIDED, None)) is not None:
+        assign(divided.sharded_param, new)
     if is_sharded(value):
         value.to_local().data.copy_(_local(value, new.view(value.shape)))
     else:

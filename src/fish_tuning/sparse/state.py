@@ -7,11 +7,13 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._guards import detect_fake_mode
 
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.calls import is_being_called
@@ -26,10 +28,12 @@ from fish_tuning.sparse.parameters import (
 )
 from fish_tuning.sparse.reconcile import (
     check_conflicts,
+    check_tied,
     current_tensor,
     reconcile,
     take_in_replaced,
 )
+from fish_tuning.sparse.sharded import note_shards
 from fish_tuning.sparse.storage import Group, MaskedTensor, View, grouped
 from fish_tuning.sparse.structure import Edge, is_unchanged, locate
 
@@ -53,6 +57,7 @@ class MaskState:
         self.tensors: list[MaskedTensor] = []
         self.groups: list[Group] = []
         self.by_module: dict[nn.Module, list[MaskedTensor]] = {}
+        self.unselected: list[MaskedTensor] = []
         self.orders: Orders = {}
         self.idle = IdleLayers()
         self.uninstallers: list[Callable[[], None]] = []
@@ -90,6 +95,7 @@ class MaskState:
 
     def _index(self, root: nn.Module) -> None:
         self.edges = locate(root, self.tensors)
+        self.unselected = [tensor for tensor in self.tensors if tensor.is_frozen]
         self.by_module = {}
         for tensor in self.tensors:
             for place in tensor.places:
@@ -200,17 +206,55 @@ class MaskState:
             if tensor.group is not None:
                 reconcile(tensor.group, tensor)
 
+    def agree_on_training(self) -> None:
+        """Have values and tensors agree on which of them require gradients."""
+        self._is_running()
+        for group in self.groups:
+            group.agree_on_training()
+
+    def held(self) -> Iterator[torch.Tensor | None]:
+        """The tensors that modules hold now under the names of those with values."""
+        for tensor in self.tensors:
+            if tensor.is_split:
+                for place in tensor.places:
+                    yield place.module._buffers.get(place.attribute)
+
+    def update_intact(self) -> None:
+        """Bring tensors up to date where nothing was replaced, in the middle of any change.
+
+        Values that other processes share are left alone, and so are all while torch.export runs
+        with tensors that have no data.
+        """
+        if detect_fake_mode() is not None:
+            return
+        for group in self.groups:
+            if all(type(each) is nn.Parameter for each in group.values()) and group.is_intact():
+                reconcile(group)
+
+    def _update_untraced(self) -> None:
+        """Bring tensors up to date while torch.jit traces, which has them as constants."""
+        tracing = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            self.update()
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
     def _take_in(self, tensors: list[MaskedTensor]) -> None:
         """Take in what was moved, cast or replaced."""
-        replaced = take_in_replaced(t for t in tensors if t.is_split)
+        if tensors is self.tensors:
+            split = [t for group in self.groups if not group.is_intact() for t in group.tensors]
+        else:
+            split = [t for t in tensors if t.is_split]
+        replaced = take_in_replaced(split)
         self._replace_groups(replaced)
-        for tensor in tensors:
+        for tensor in self.unselected if tensors is self.tensors else tensors:
             if tensor.is_frozen:
                 for view in tensor.views:
-                    place = view.places[0]
-                    held = place.module._buffers.get(place.attribute)
-                    if held is not view.leaf or held.requires_grad:
-                        hold_unselected(view, current_tensor(place, view))
+                    held = [p.module._buffers.get(p.attribute) for p in view.places]
+                    if any(each is not view.leaf for each in held) or view.leaf.requires_grad:
+                        check_tied(tensor)
+                        hold_unselected(view, current_tensor(view.places[0], view))
         for group, new in replaced.items():
             if group.only_values_cast:
                 self._cast_unselected(group.storage.dtype, new[0].storage.dtype)
@@ -246,15 +290,19 @@ class MaskState:
         if self.running == id(module):
             self._end_pass()  # It was interrupted: no module calls itself.
         if self._is_running() or torch.compiler.is_exporting():
-            # torch.export takes a state dict first, which brings the tensors up to date.
+            # torch.export lists modules first, which brings the tensors up to date.
+            return
+        if torch.jit.is_tracing():
+            self._update_untraced()
             return
         root = self.root()
         if not torch.compiler.is_compiling():
             if root is not None and not is_unchanged(root, self.edges):
                 self._index(root)
             self._take_in(self.tensors)
-            for group in self.groups:
-                group.follow_values()
+            self.agree_on_training()
+            if root is not None and dist.is_available() and dist.is_initialized():
+                note_shards([root, *(child for _, _, child in self.edges)])
             self.idle.look()
             self.thread = threading.get_ident()
         self.idle.running = True
@@ -359,9 +407,7 @@ class _NoRoot:
 
 def _fits(tensor: MaskedTensor) -> bool:
     try:
-        for view in tensor.views:
-            for place in view.places:
-                current_tensor(place, view)
+        check_tied(tensor)
     except RuntimeError:
         return False
     return True

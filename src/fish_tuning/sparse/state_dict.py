@@ -19,6 +19,9 @@ from fish_tuning.sparse.storage import MaskedTensor, Place, View, values_name
 _METADATA = "fish_mask"
 """Key of a module's metadata in a state dict: a checksum of the selected entries by attribute."""
 
+_FEW = 2 / 3
+"""Share of its frozen entries that a state dict of another mask changes at most."""
+
 
 def hook_state_dict(state: MaskState, module: nn.Module) -> None:
     """Hook the saving and loading of a module that owns masked tensors."""
@@ -54,7 +57,8 @@ def _after_save(
             # FullyShardedDataParallel asserts that every parameter is there.
             saved.pop(prefix + values_name(place.attribute), None)
         key = prefix + place.attribute
-        if tensor.is_split and key in saved:
+        # With keep_vars, a state dict holds what the module holds.
+        if tensor.is_split and key in saved and saved[key] is not module._buffers[place.attribute]:
             saved[key] = _unshared(tensor, view, saved, key)
         if view.is_contiguous:
             checksums[place.attribute] = tensor.checksum
@@ -98,17 +102,45 @@ def _before_load(
     # Values written before are older than what is loaded.
     state.update(module)
     checksums = metadata.get(_METADATA, {})
-    for tensor, _, place in owned(state, module):
+    for tensor, view, place in owned(state, module):
         if prefix + place.attribute in loaded:
             # FullyShardedDataParallel has them saved; the tensors say it all.
             loaded.pop(prefix + values_name(place.attribute), None)
         checksum = checksums.get(place.attribute)
-        if checksum not in (None, tensor.checksum) and prefix + place.attribute in loaded:
-            raise ValueError(
-                f"the state dict was saved under another mask: it selects other entries of "
-                f"{place.name}. Apply the mask that was saved with it "
-                "(FishMask.from_pretrained), or call remove_mask(model) before you load it"
+        if (new := loaded.get(prefix + place.attribute)) is None or checksum == tensor.checksum:
+            continue
+        if checksum is not None:
+            raise _other_mask(f"another mask: it selects other entries of {place.name}")
+        changed, frozen = _changed_frozen(tensor, view, new)
+        if 0 < changed <= _FEW * frozen:
+            raise _other_mask(
+                f"another mask, or under none: it changes {changed:,} of {frozen:,} entries of "
+                f"{place.name} that are frozen here"
             )
+
+
+def _other_mask(how: str) -> ValueError:
+    return ValueError(
+        f"the state dict was saved under {how}. Apply the mask that was saved with it "
+        "(FishMask.from_pretrained), or call remove_mask(model) before you load it"
+    )
+
+
+def _changed_frozen(tensor: MaskedTensor, view: View, loaded: Any) -> tuple[int, int]:
+    """How many frozen entries a loaded tensor would change, and how many there are.
+
+    Files in safetensors format say nothing of masks. But training under another mask changes some
+    of these entries and leaves the others, while the same mask leaves all, and a start with other
+    random numbers changes nearly all.
+    """
+    held = view.leaf.detach()
+    if type(loaded) not in (Tensor, nn.Parameter) or loaded.is_meta or loaded.shape != view.shape:
+        return 0, 0
+    loaded = loaded.detach().to(held.device)
+    # A file in half precision holds rounded numbers.
+    equal = (loaded.to(held.dtype) == held) | (loaded == held.to(loaded.dtype))
+    frozen = ~view.of(tensor.bits()).to(held.device)
+    return int((~equal & frozen).sum()), int(frozen.sum())
 
 
 def _after_load(state: MaskState, module: nn.Module, incompatible_keys: Any) -> None:

@@ -58,12 +58,11 @@ class View:
     """The latest tensor made of it for a state dict, and its key there."""
     saved_key: str = ""
 
+    def __post_init__(self) -> None:
+        self.is_contiguous = self.stride == contiguous_stride(self.shape)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "saved": None}
-
-    @property
-    def is_contiguous(self) -> bool:
-        return self.stride == contiguous_stride(self.shape)
 
     def of(self, flat: Tensor) -> Tensor:
         """The view of a tensor's memory."""
@@ -97,6 +96,8 @@ class MaskedTensor:
     """Whether it required gradients when it was last an ordinary parameter."""
     provenance: dict[str, Any]
     """How its mask was made."""
+    is_trained: bool = False
+    """Whether values and leaves required gradients when they last agreed on it."""
     group: Group | None = None
     entries: slice = field(default_factory=lambda: slice(0))
     """Its part of the group's storage."""
@@ -134,6 +135,18 @@ class MaskedTensor:
         values = self._owner._parameters[self._values_name]
         assert values is not None
         return values
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether several places hold it."""
+        return len(self.views) > 1 or len(self.views[0].places) > 1
+
+    def has_one_parameter(self) -> bool:
+        """Whether all its places have the same parameter for its values."""
+        return all(
+            place.module._parameters.get(values_name(place.attribute)) is self.values
+            for place in self.places
+        )
 
     @property
     def values_shape(self) -> tuple[int, ...]:
@@ -214,18 +227,46 @@ class Group:
         """Whether it no longer holds since somebody has cast values, but not their tensors."""
         self.has_conflict = torch.zeros((), dtype=torch.bool, device=self.storage.device)
         for tensor in self.tensors:
+            tensor.is_trained = tensor.values.requires_grad
             for view in tensor.views:
-                requires_grad = tensor.values.requires_grad
-                view.leaf = self.view(tensor, view).detach().requires_grad_(requires_grad)
+                view.leaf = self.view(tensor, view).detach().requires_grad_(tensor.is_trained)
                 view.install(view.leaf)
         self.attach()
 
     def attach(self) -> None:
         """Refer tensors and their leaves to the group, as copies and pickles do not."""
+        self._held = [
+            (place.module, place.attribute, view.leaf, tensor.entries.start)
+            for tensor in self.tensors
+            for view in tensor.views
+            for place in view.places
+        ]
+        self._tied = [tensor for tensor in self.tensors if tensor.is_tied]
         for tensor in self.tensors:
             tensor.group = self
             for view in tensor.views:
                 tensor.receive_from(view, view.leaf)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_held"}
+
+    def is_intact(self) -> bool:
+        """Whether its storage holds what the modules hold, and values of the same type."""
+        address, itemsize = self.storage.data_ptr(), self.storage.itemsize
+        dtype, device = self.storage.dtype, self.storage.device
+        return (
+            all(
+                module._buffers.get(attribute) is leaf
+                and leaf.data_ptr() == address + start * itemsize
+                for module, attribute, leaf, start in self._held
+            )
+            and all(v.dtype == dtype and v.device == device for v in self.values())
+            and all(tensor.has_one_parameter() for tensor in self._tied)
+        )
+
+    def values(self) -> list[nn.Parameter]:
+        """The parameters of its tensors."""
+        return [tensor.values for tensor in self.tensors]
 
     def view(self, tensor: MaskedTensor, view: View) -> Tensor:
         """A view of a masked tensor as it lies in the storage."""
@@ -239,13 +280,21 @@ class Group:
                 tensor, self.storage[tensor.entries], positions, self.agreed[tensor.selected]
             )
 
-    def follow_values(self) -> None:
-        """Have the leaves of frozen values need no graph, as frozen parameters do not."""
+    def agree_on_training(self) -> None:
+        """Have values and leaves agree on whether they require gradients.
+
+        PEFT and its users freeze values, as parameters of a module, or leaves, under the names
+        of the tensors: whichever was changed last wins.
+        """
         for tensor in self.tensors:
-            trained = tensor.values.requires_grad
+            values = tensor.values
+            flags = [values.requires_grad, *(view.leaf.requires_grad for view in tensor.views)]
+            if all(flag == tensor.is_trained for flag in flags):
+                continue
+            tensor.is_trained = not tensor.is_trained
+            values.requires_grad_(tensor.is_trained)
             for view in tensor.views:
-                if view.leaf.requires_grad != trained:
-                    view.leaf.requires_grad_(trained)
+                view.leaf.requires_grad_(tensor.is_trained)
 
     def install_differentiable(self) -> list[View]:
         """Give the places views whose gradients reach the values; return the views changed."""
@@ -267,6 +316,9 @@ class Group:
         views = [view for tensor in tensors for view in tensor.views]
         for view, output in zip(views, outputs, strict=True):
             view.install(output)
+            if not torch.compiler.is_compiling():
+                # Ctrl-C may leave it there, and torch copies leaves only.
+                output.__deepcopy__ = view.leaf.__deepcopy__
         return views
 
     def selected_gradients(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+from peft import PeftModel
 from peft.tuners.adaption_prompt import AdaptionPromptModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from fish_tuning.sparse.reconcile import unfit
@@ -13,6 +16,19 @@ from fish_tuning.sparse.storage import MaskedTensor, Place
 Edge = tuple[nn.Module | None, str, nn.Module]
 """A module, the name of a submodule, and the submodule. None stands for the model itself, which
 its state must not keep alive."""
+
+
+def entrances(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules through which a model is called: `generate` calls the one inside PEFT's."""
+    module: Any = root
+    while True:
+        yield module
+        if isinstance(module, PeftModel):
+            module = module.base_model
+        elif isinstance(module, BaseTuner):
+            module = module.model
+        else:
+            return
 
 
 def is_unchanged(root: nn.Module, edges: Iterable[Edge]) -> bool:
@@ -57,7 +73,15 @@ def paths_of(root: nn.Module, places: Iterable[Place]) -> dict[nn.Module, list[s
     """All paths of the places' modules in a model; shared modules have several."""
     modules = {place.module for place in places}
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
+    for path, module in _walk(root):
         if module in modules:
             paths.setdefault(module, []).append(path)
     return paths
+
+
+def _walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by path, shared ones under each: `named_modules` of a masked model does more."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name)
