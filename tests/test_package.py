@@ -15,7 +15,7 @@ import fish_tuning
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(fish_tuning.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-LONGEST_FILE, LONGEST_FUNCTION, LARGEST_PACKAGE = 400, 60, 2400
+LONGEST_FILE, LONGEST_FUNCTION, LARGEST_PACKAGE = 400, 60, 2000
 
 
 def test_every_public_name_is_there():

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fish_tuning.sparse.storage import values_name
+from fish_tuning.masked_tensors.tensors import values_name
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:

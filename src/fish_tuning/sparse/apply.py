@@ -21,8 +21,9 @@ from fish_tuning.sparse.checks import (
 )
 from fish_tuning.sparse.hooks import hook_forward
 from fish_tuning.sparse.patches import patch_model
+from fish_tuning.sparse.registry import STATE, state_of
 from fish_tuning.sparse.saving import patch_saving
-from fish_tuning.sparse.state import STATE, MaskState, state_of
+from fish_tuning.sparse.state import MaskState
 from fish_tuning.sparse.state_dict import hook_state_dict
 
 

@@ -1,8 +1,11 @@
-"""Whether a module is being called right now: hooks cannot tell when Ctrl-C ended its call."""
+"""How a module is being called: hooks cannot tell when Ctrl-C ended its call."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
+import torch
 from torch import nn
 
 
@@ -17,3 +20,14 @@ def is_being_called(module_id: int) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Keep torch.jit from recording what happens while it traces a call."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

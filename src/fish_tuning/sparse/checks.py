@@ -13,8 +13,9 @@ from torch import nn
 
 from fish_tuning.engines import check_in_memory
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.sparse.state import STATE, MaskState, state_of
-from fish_tuning.sparse.storage import values_name
+from fish_tuning.masked_tensors.tensors import values_name
+from fish_tuning.sparse.registry import STATE, state_of
+from fish_tuning.sparse.state import MaskState
 
 logger = logging.getLogger(__name__)
 

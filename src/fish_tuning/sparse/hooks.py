@@ -14,9 +14,10 @@ from torch.optim.optimizer import (
 )
 
 from fish_tuning.engines import after_deepspeed_steps
+from fish_tuning.masked_tensors.structure import entrances
 from fish_tuning.sparse.optimizers import check_optimizer
-from fish_tuning.sparse.state import MaskState, states
-from fish_tuning.sparse.structure import entrances
+from fish_tuning.sparse.registry import states
+from fish_tuning.sparse.state import MaskState
 
 
 def hook_forward(state: MaskState, root: nn.Module) -> None:

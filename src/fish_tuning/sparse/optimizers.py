@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fish_tuning.sparse.state import states
+from fish_tuning.sparse.registry import states
 
 _BY_MATRIX = {"LoraFAOptimizer", "RiemannianPreconditionedOptimizer", "Muon"}
 """PEFT's multiply A and B, and Muon orthogonalizes. By name: PEFT defines one in a function."""

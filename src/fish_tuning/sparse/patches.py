@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fish_tuning.masked_tensors.structure import entrances
+from fish_tuning.masked_tensors.tensors import MaskedTensor, values_name
 from fish_tuning.sparse.state import MaskState
 from fish_tuning.sparse.state_dict import owned
-from fish_tuning.sparse.storage import MaskedTensor, values_name
-from fish_tuning.sparse.structure import entrances
 
 
 def patch_model(state: MaskState, root: nn.Module) -> None:
@@ -119,8 +119,8 @@ def _buffers(state: MaskState, module: nn.Module, name: str, recurse: bool = Tru
 
     Tensors follow their values. Only torch.export has to know what is a buffer for PyTorch.
     """
-    held = [] if torch.compiler.is_exporting() else state.held()
-    masked = {id(tensor) for tensor in held}
+    places = () if torch.compiler.is_exporting() else state.places()
+    masked = {id(place.module._buffers.get(place.attribute)) for place in places}
     return (each for each in original(module, name)(recurse) if id(each) not in masked)
 
 

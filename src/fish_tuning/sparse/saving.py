@@ -19,7 +19,8 @@ from fish_tuning.mask.files import JSON_FILE
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.patches import original, patch
-from fish_tuning.sparse.state import MaskState, state_of
+from fish_tuning.sparse.registry import state_of
+from fish_tuning.sparse.state import MaskState
 
 _WEIGHTS = re.compile(r"(adapter_model|pytorch_adapter|model|pytorch_model)\b.*\.(safetensors|bin)")
 """Names of files with weights that save_pretrained, Trainers and the adapters library write."""
@@ -57,7 +58,7 @@ def write_mask(model: nn.Module, folder: str, adapters: Iterable[str] | None = N
         _save(mask, Path(folder))
         write_card(folder, mask)
         return
-    configs: Mapping[str, Any] = model.peft_config
+    configs: Any = model.peft_config
     if in_transformers:
         # It saves the active adapter alone, whatever its name, into the folder itself.
         (active,) = model.active_adapters()  # type: ignore[operator]

@@ -16,9 +16,7 @@ from torch import nn
 from torch._guards import detect_fake_mode
 
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.sparse.calls import is_being_called
-from fish_tuning.sparse.idle_layers import IdleLayers
-from fish_tuning.sparse.parameters import (
+from fish_tuning.masked_tensors.parameters import (
     Orders,
     find_tensors,
     freeze_parameter,
@@ -26,24 +24,26 @@ from fish_tuning.sparse.parameters import (
     restore_parameter,
     split_parameter,
 )
-from fish_tuning.sparse.reconcile import (
+from fish_tuning.masked_tensors.reconcile import (
     check_conflicts,
     check_tied,
     current_tensor,
+    fits,
     reconcile,
     take_in_replaced,
 )
-from fish_tuning.sparse.sharded import note_shards
-from fish_tuning.sparse.storage import Group, MaskedTensor, View, grouped
-from fish_tuning.sparse.structure import Edge, is_unchanged, locate
+from fish_tuning.masked_tensors.sharded import note_shards
+from fish_tuning.masked_tensors.storage import Group, grouped
+from fish_tuning.masked_tensors.structure import Edge, is_unchanged, locate
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View
+from fish_tuning.sparse.calls import is_being_called, untraced
+from fish_tuning.sparse.idle_layers import IdleLayers
+from fish_tuning.sparse.registry import STATE, forget, remember
 
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 """Where DistributedDataParallel looks for the names of what it leaves alone."""
 
 logger = logging.getLogger(__name__)
-
-STATE = "_fish_mask"
-"""Attribute of a masked model that holds its state."""
 
 
 class MaskState:
@@ -132,12 +132,12 @@ class MaskState:
             return
         groups = {tensor.group: None for tensor in leaving if tensor.group is not None}
         touched = [tensor for group in groups for tensor in group.tensors]
-        self._take_in([t for t in touched if t not in leaving or _fits(t)])
+        self._take_in([t for t in touched if t not in leaving or fits(t)])
         groups = {tensor.group: None for tensor in touched if tensor.group is not None}
         remaining = {}
         for group in groups:
             for tensor in group.tensors:
-                if tensor not in leaving or _fits(tensor):
+                if tensor not in leaving or fits(tensor):
                     reconcile(group, tensor)
             parts = list(group.parts())
             for part in parts:
@@ -148,7 +148,7 @@ class MaskState:
         self._replace_groups(remaining)
         for tensor in leaving:
             if tensor.is_frozen:
-                if _fits(tensor):
+                if fits(tensor):
                     self._take_in([tensor])
                 view = tensor.views[0]
                 memory = view.flatten(view.leaf).clone()
@@ -169,7 +169,7 @@ class MaskState:
         for uninstall in self.uninstallers:
             uninstall()
         self.uninstallers.clear()
-        _live.discard(self)
+        forget(self)
         if (root := self.root()) is not None:
             del vars(root)[STATE]
             for name, value in list(vars(root).items()):
@@ -212,12 +212,9 @@ class MaskState:
         for group in self.groups:
             group.agree_on_training()
 
-    def held(self) -> Iterator[torch.Tensor | None]:
-        """The tensors that modules hold now under the names of those with values."""
-        for tensor in self.tensors:
-            if tensor.is_split:
-                for place in tensor.places:
-                    yield place.module._buffers.get(place.attribute)
+    def places(self) -> Iterator[Place]:
+        """Where the model holds tensors with values."""
+        return (place for t in self.tensors if t.is_split for place in t.places)
 
     def update_intact(self) -> None:
         """Bring tensors up to date where nothing was replaced, in the middle of any change.
@@ -230,15 +227,6 @@ class MaskState:
         for group in self.groups:
             if all(type(each) is nn.Parameter for each in group.values()) and group.is_intact():
                 reconcile(group)
-
-    def _update_untraced(self) -> None:
-        """Bring tensors up to date while torch.jit traces, which has them as constants."""
-        tracing = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            self.update()
-        finally:
-            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
     def _take_in(self, tensors: list[MaskedTensor]) -> None:
         """Take in what was moved, cast or replaced."""
@@ -293,7 +281,8 @@ class MaskState:
             # torch.export lists modules first, which brings the tensors up to date.
             return
         if torch.jit.is_tracing():
-            self._update_untraced()
+            with untraced():
+                self.update()
             return
         root = self.root()
         if not torch.compiler.is_compiling():
@@ -374,7 +363,7 @@ class MaskState:
         self.root = weakref.ref(root)
         finalizer = weakref.finalize(root, _dissolve, weakref.ref(self))
         finalizer.atexit = False
-        _live.add(self)
+        remember(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "root": self.root(), "running": None, "differentiable": []}
@@ -405,34 +394,6 @@ class _NoRoot:
     """Stands for the root of a model of which a part is copied."""
 
 
-def _fits(tensor: MaskedTensor) -> bool:
-    try:
-        check_tied(tensor)
-    except RuntimeError:
-        return False
-    return True
-
-
 def _dissolve(to_state: weakref.ref[MaskState]) -> None:
     if (state := to_state()) is not None:
         state.dissolve()
-
-
-_live: weakref.WeakSet[MaskState] = weakref.WeakSet()
-
-
-def states() -> list[MaskState]:
-    """The states of all masked models."""
-    return list(_live)
-
-
-def state_of(model: nn.Module) -> MaskState | None:
-    """The state of a masked model, which an engine or a compiler may have wrapped."""
-    module: nn.Module | None = model
-    while module is not None:
-        state = getattr(module, STATE, None)
-        if isinstance(state, MaskState):
-            return state
-        wrapped = (module._modules.get(n) for n in ("module", "_orig_mod"))
-        module = next((inner for inner in wrapped if inner is not None), None)
-    return None

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import FSDP_PREFIX
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from fish_tuning.sparse.reconcile import check_conflicts
+from fish_tuning.masked_tensors.reconcile import check_conflicts
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View, values_name
 from fish_tuning.sparse.state import MaskState
-from fish_tuning.sparse.storage import MaskedTensor, Place, View, values_name
 
 _METADATA = "fish_mask"
 """Key of a module's metadata in a state dict: a checksum of the selected entries by attribute."""

@@ -6,9 +6,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fish_tuning import apply_mask, remove_mask
+from fish_tuning.masked_tensors.reconcile import reconcile
 from fish_tuning.sparse import masked_parameters
-from fish_tuning.sparse.reconcile import reconcile
-from fish_tuning.sparse.state import state_of
+from fish_tuning.sparse.registry import state_of
 from tests.sparse.small import Mlp, inputs, lora_mlp, random_mask, train
 
 NAME = "base_model.model.first.lora_B.default.weight"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.sparse.storage import (
+from fish_tuning.masked_tensors.storage import Part
+from fish_tuning.masked_tensors.tensors import (
     MaskedTensor,
-    Part,
     Place,
     View,
     contiguous_stride,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.sparse.sharded import assign, gathered
-from fish_tuning.sparse.storage import Group, MaskedTensor, Part, Place, View, grouped, values_name
+from fish_tuning.masked_tensors.sharded import assign, gathered
+from fish_tuning.masked_tensors.storage import Group, Part, grouped
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View, values_name
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -167,6 +168,15 @@ def check_tied(tensor: MaskedTensor) -> None:
         others = [name for name in held if addresses[name] != addresses[place.name]]
         if others and place.attribute in place.module._parameters:
             raise unfit(f"{place.name} and {others[0]} were tied and are no longer")
+
+
+def fits(tensor: MaskedTensor) -> bool:
+    """Whether modules still hold a tensor in the shapes and ties of its mask."""
+    try:
+        check_tied(tensor)
+    except RuntimeError:
+        return False
+    return True
 
 
 def unfit(reason: str) -> RuntimeError:

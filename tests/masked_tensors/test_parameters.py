@@ -5,8 +5,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fish_tuning import apply_mask, get_mask, remove_mask
+from fish_tuning.masked_tensors.tensors import contiguous_stride, fills_its_memory
 from fish_tuning.sparse import masked_parameters
-from fish_tuning.sparse.storage import contiguous_stride, fills_its_memory
 from tests.models import tiny_llama
 from tests.sparse.small import Mlp
 

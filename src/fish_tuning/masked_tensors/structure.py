@@ -10,8 +10,8 @@ from peft.tuners.adaption_prompt import AdaptionPromptModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from fish_tuning.sparse.reconcile import unfit
-from fish_tuning.sparse.storage import MaskedTensor, Place
+from fish_tuning.masked_tensors.reconcile import unfit
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place
 
 Edge = tuple[nn.Module | None, str, nn.Module]
 """A module, the name of a submodule, and the submodule. None stands for the model itself, which
