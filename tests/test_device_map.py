@@ -8,7 +8,7 @@ from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel
 
 from fish_tuning import apply_mask, get_mask, score_with_perturbed_b
-from tests.models import batches_of, examples_for, tiny_bert, with_lora
+from tests.models import batches_of, examples_for, pad, tiny_bert, with_lora
 from tests.parallel import (
     assert_equal_scores,
     assert_identical,
@@ -90,3 +90,12 @@ def test_offloaded_adapters_are_refused(tmp_path):
             assert error[1].startswith(f"{count} trainable tensors are offloaded (on the meta")
             assert "layer.0.attention.self.query.lora_A" in error[1]
         assert get_mask(model) is None and dict(model.named_parameters()) == before
+
+
+def test_a_masked_model_is_not_offloaded():
+    """Guards against a KeyError, or values that are gone."""
+    model = adapted(base())
+    apply_mask(model, random_mask(model))
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"cannot be offloaded.*remove_mask"):
+        model(**pad(examples_for(model, 2)))

@@ -135,6 +135,32 @@ def test_fully_shard_trains_as_one_process(tmp_path):
         assert_identical([{name: tensor + 1 for name, tensor in trained.items()}, loaded, written])
 
 
+def written_under_fsdp(rank, model, mask):
+    """Writes a tensor whose values `fully_shard` has complete while the root's hooks run."""
+    apply_mask(model, mask)
+    fully_shard(model)
+    held = []
+    for number in (2.0, 3.0):
+        for name, tensor in model.named_buffers():
+            if name in mask:
+                tensor.data.fill_(number)
+        for _ in range(2):
+            with torch.no_grad():
+                model(**labelled_alike(model, 0))
+            model.reshard()
+        held.append(tensors_of(model, mask))
+    return held
+
+
+def test_fully_shard_keeps_what_is_written(tmp_path):
+    """Guards against writing complete values, which are gone when they are divided again."""
+    model = lora_llama()
+    mask = {name: bits for name, bits in random_mask(model).items() if not bits.all()}
+    for held in in_processes(2, tmp_path / "a", written_under_fsdp, model, mask):
+        for number, tensors in zip((2.0, 3.0), held, strict=True):
+            assert all((tensor == number).all() for tensor in tensors.values())
+
+
 TRAINER = """
 import sys
 import torch

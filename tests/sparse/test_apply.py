@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.optimization import Adafactor
 
 from fish_tuning import FishMask, apply_mask, get_mask, remove_mask
+from fish_tuning.masked_tensors import storage
 from fish_tuning.masked_tensors.parameters import UNSELECTED
-from fish_tuning.sparse import storage
 from fish_tuning.sparse.apply import masked_parameters
 from fish_tuning.sparse.registry import _live, state_of
 from tests.models import examples_for, pad, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
