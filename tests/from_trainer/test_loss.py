@@ -1,5 +1,7 @@
 """Which loss is scored: the Trainer's own, of one example."""
 
+import importlib
+
 import pytest
 
 from fish_tuning import get_mask, mask_trainer
@@ -17,6 +19,7 @@ from tests.from_trainer.trainers import (
     sft,
 )
 from tests.models import assert_scores_close
+from tests.training import assert_trained_where_selected, tensors_of, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,7 +62,11 @@ def test_a_models_own_loss_takes_one_pass(build, tmp_path, monkeypatch):
     [
         ("MultipleNegativesRankingLoss", PAIRS, "MultipleNegativesRankingLoss has no gradient"),
         ("CoSENTLoss", SCORED_PAIRS, "CoSENTLoss has no gradient for one example alone"),
-        ("CachedMultipleNegativesRankingLoss", TRIPLES, "same name without 'Cached'"),
+        (
+            "CachedMultipleNegativesRankingLoss",
+            TRIPLES,
+            "same name without 'Cached'",
+        ),
     ],
 )
 def test_losses_of_a_whole_batch(loss, columns, said, tmp_path):
@@ -88,3 +95,32 @@ def test_whose_loss_it_is(tmp_path):
     trainer = plain(tmp_path)
     trainer.compute_loss = lambda *args, **kwargs: None
     assert not trains_on_model_loss(trainer)
+
+
+def test_negatives_of_other_processes_are_refused(tmp_path, monkeypatch):
+    """Guards an example that is its own negative, because all processes score it."""
+
+    def loss(losses, model):
+        return losses.MultipleNegativesRankingLoss(model, gather_across_devices=True)
+
+    trainer = sentence_trainer(tmp_path, loss, TRIPLES)
+    monkeypatch.setattr("fish_tuning.from_trainer.loss.world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="gather_across_devices=True"):
+        mask_trainer(trainer, progress=False)
+
+
+def test_a_model_masked_under_its_trainer(tmp_path):
+    """Guards the way out for losses that cannot be scored: another loss for the call."""
+
+    def cached(losses, model):
+        return losses.CachedMultipleNegativesRankingLoss(model)
+
+    trainer = sentence_trainer(tmp_path, cached, TRIPLES)
+    own = trainer.loss
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    trainer.loss = losses.MultipleNegativesRankingLoss(trainer.model)
+    before = tensors_of(trainer.model, trainable(trainer.model))
+    mask = mask_trainer(trainer, progress=False)
+    trainer.loss = own
+    trainer.train()
+    assert_trained_where_selected(trainer.model, mask, before)

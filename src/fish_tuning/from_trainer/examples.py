@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from fish_tuning.distributed import world
 from fish_tuning.scoring.inputs.batches import Batch, OneExample
 
 logger = logging.getLogger(__name__)
@@ -65,14 +66,13 @@ class TrainerExamples:
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             raise ValueError(
                 f"{type(trainer).__name__}.get_train_dataloader returns no DataLoader that makes "
-                "batches of single examples: score with get_fish_model(model, config, loader), and "
-                "give the Trainer FishTuningCallback(mask)"
+                "batches of single examples: mask the model with get_fish_model(trainer.model, "
+                "config, loader)"
             )
         data: Any = loader.dataset
-        # With several processes the loader's stream may be one process's part of it.
-        own = trainer.train_dataset
-        streamed = isinstance(data, IterableDataset) and own is not None
-        return own if streamed else data, loader.collate_fn
+        if isinstance(data, IterableDataset) and world()[1] > 1:
+            data = trainer.train_dataset  # The loader's may be one process's part of it.
+        return data, loader.collate_fn
 
     def _drawn(self, data: Any) -> Iterator[Any]:
         if not isinstance(data, IterableDataset):

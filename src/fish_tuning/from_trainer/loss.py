@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
+from fish_tuning.distributed import world
 from fish_tuning.engines import device_of
 from fish_tuning.scoring.inputs.segments import find_segments
 
@@ -38,6 +39,7 @@ def loss_of_example(trainer: Any) -> Callable[[Any], Tensor]:
     It does what a training step does with a batch of this one example. The model's modes are left
     alone, and the Trainer is changed: call it where it is `undisturbed`.
     """
+    _check_not_gathering(trainer)
     needs_count = _needs_count(trainer.compute_loss_func)
 
     def loss(inputs: Any) -> Tensor:
@@ -51,6 +53,25 @@ def loss_of_example(trainer: Any) -> Callable[[Any], Tensor]:
         return _checked(trainer, value)
 
     return loss
+
+
+def _check_not_gathering(trainer: Any) -> None:
+    """Checks that a loss of sentence-transformers compares no examples of several processes.
+
+    All processes score the same example, which would become its own negative.
+
+    Raises:
+        ValueError: It does.
+    """
+    loss = getattr(trainer, "loss", None)
+    parts = loss.values() if isinstance(loss, dict) else [loss]
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    if world()[1] > 1 and any(getattr(m, "gather_across_devices", False) for m in modules):
+        raise ValueError(
+            "the loss takes negatives from other processes (gather_across_devices=True), and they "
+            "all score the same example: while you call mask_trainer, set trainer.loss to a loss "
+            "without it"
+        )
 
 
 def _needs_count(compute_loss_func: Any) -> bool:
@@ -96,7 +117,7 @@ def _checked(trainer: Any, value: Any) -> Tensor:
         loss = type(getattr(trainer, "loss", None)).__name__
         raise ValueError(
             f"{name}'s loss ({loss}) computes its gradients in a hook, which scoring cannot see: "
-            "build the Trainer that you score with the loss of the same name without 'Cached', "
-            "and give yours FishTuningCallback(mask)"
+            "while you call mask_trainer, set trainer.loss to the loss of the same name without "
+            "'Cached', which has the same gradients"
         )
     return value

@@ -143,8 +143,8 @@ def _check(trainer: Any, config: Any) -> None:
     if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:
         raise ValueError(
             f"the {name} makes its training examples while it trains (it has a _prepare_inputs of "
-            "its own), so there are none to score: score with get_fish_model(model, config, "
-            "loader), or give the Trainer FishTuningCallback(mask)"
+            "its own), so there are none to score: mask the model with "
+            "get_fish_model(trainer.model, config, loader)"
         )
     if trainer.train_dataset is None:
         raise ValueError(
