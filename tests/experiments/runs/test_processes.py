@@ -109,8 +109,8 @@ class Stop(TrainerCallback):
 
 def interrupted_sweep(rank, config):
     """A sweep that stops in its first training and goes on."""
-    whole: Any = training._trainer
-    training._trainer = lambda *args: whole(*args[:-1], [*args[-1], Stop()])
+    whole: Any = training.build_trainer
+    training.build_trainer = lambda *args: whole(*args[:-1], [*args[-1], Stop()])
     try:
         run_experiment(config, name="sweep")
     except KeyboardInterrupt:
@@ -120,7 +120,7 @@ def interrupted_sweep(rank, config):
             for count in (1, 2)
         )
         assert alone is None and together.name == "checkpoint-8"
-    training._trainer = whole
+    training.build_trainer = whole
     processes.in_main(lambda: None)
     return run_experiment(config, name="sweep")
 
@@ -142,16 +142,16 @@ def test_an_interrupted_sweep_goes_on(files, tmp_path):
 def failing_sweep(rank, config, ranks):
     """A sweep whose first run fails in some of the processes, when training begins."""
     processes.PATIENCE = processes.timedelta(seconds=3)
-    whole: Any = training._trainer
+    whole: Any = training.build_trainer
 
     def failing(*args):
-        training._trainer = whole
+        training.build_trainer = whole
         trainer = whole(*args)
         if rank in ranks:
             trainer.train = broken
         return trainer
 
-    training._trainer = failing
+    training.build_trainer = failing
     return run_experiment(config, name="sweep")
 
 

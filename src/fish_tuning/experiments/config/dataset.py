@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from fish_tuning.experiments.config.sections import Section
-from fish_tuning.experiments.config.values import Name, NameList, Names, Positive, Text
-from fish_tuning.experiments.metrics import KNOWN_METRICS, Task
+from fish_tuning.experiments.config.source import DataSource
+from fish_tuning.experiments.config.text_form import TextForm
+from fish_tuning.experiments.config.values import Name, Names, Positive
+from fish_tuning.experiments.metrics.names import CAUSAL_LM, KNOWN_METRICS, Task
 from fish_tuning.experiments.tasks import KnownTask, known_task
-
-INSTALLED_TEXT = "installed_text"
-"""The `dataset.name` of sentences from the documentation of installed packages."""
 
 
 def _metric(value: str) -> str:
@@ -22,46 +20,9 @@ def _metric(value: str) -> str:
     return value
 
 
-class DatasetConfig(Section):
-    """The data: a hub data set, local files, or the packaged sentences."""
+class DatasetConfig(TextForm, DataSource):
+    """The data to train and to evaluate on, and what is predicted."""
 
-    name: Text | None = Field(
-        default=None,
-        description="Name for reports; a GLUE task's name also chooses its metric and columns. "
-        "`installed_text` alone is the data set of documentation sentences.",
-    )
-    load_args: NameList | None = Field(
-        default=None, description='Arguments of datasets.load_dataset, such as ["glue", "mrpc"].'
-    )
-    path: Text | dict[str, str] | None = Field(
-        default=None,
-        description="Local data, relative to the current folder: a file, a mapping of split to "
-        "file, a folder that holds train.* and dev.* or validation.*, or a folder written by "
-        "save_to_disk.",
-    )
-    format: Literal["csv", "tsv", "json", "jsonl", "parquet"] | None = Field(
-        default=None, description="Format of local files; by default the one of their extension."
-    )
-    columns: Names | None = Field(
-        default=None, description="Column names of CSV or TSV files that have no header line."
-    )
-    header: bool | None = Field(
-        default=None,
-        description="Whether CSV and TSV files start with a header line; by default they do unless "
-        "`columns` is given. Without both, columns are named 0, 1, 2...",
-    )
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        default=None, description="Delimiter of CSV and TSV files; by default a comma or a tab."
-    )
-    quoting: bool | None = Field(
-        default=None,
-        description="Whether quotation marks enclose fields; by default in CSV, not in TSV.",
-    )
-    text_column: Names | None = Field(
-        default=None,
-        description="The text column, or a list of two for sentence pairs; by default those of the "
-        "task, or those whose type is text.",
-    )
     label_column: Name | None = Field(
         default=None, description="The label column; by default the one named label or similar."
     )
@@ -85,7 +46,7 @@ class DatasetConfig(Section):
     task: Task | None = Field(
         default=None,
         description="By default regression if labels have a fractional part, otherwise "
-        "classification.",
+        "classification; causal_lm for a language model that learns to continue text.",
     )
     num_labels: Positive | None = Field(
         default=None, description="Number of classes; by default counted in the training split."
@@ -97,7 +58,8 @@ class DatasetConfig(Section):
     )
     metric: Annotated[str, AfterValidator(_metric)] | None = Field(
         default=None,
-        description=f"The main metric, one of {', '.join(KNOWN_METRICS)}; by default the task's.",
+        description=f"The main metric, one of {', '.join(KNOWN_METRICS)}; by default the task's. "
+        "Those of generated texts are set under generation.metrics.",
     )
 
     @property
@@ -107,7 +69,9 @@ class DatasetConfig(Section):
 
     @property
     def known_num_labels(self) -> int | None:
-        """The number of outputs, if it is known without reading the data."""
+        """The number of labels, if it is known without reading the data; 0 for language models."""
+        if self.task == CAUSAL_LM:
+            return 0
         if self.task == "regression":
             return 1
         if self.label_names is not None:
@@ -118,19 +82,15 @@ class DatasetConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Keys that exclude each other or contradict the task."""
-        yield from self._conflicts_of_files()
+        yield from super().conflicts()
+        yield from self._conflicts_of_splits()
         yield from self._conflicts_of_columns()
-        yield from self._conflicts_of_task()
+        if self.task == CAUSAL_LM:
+            yield from self._conflicts_of_language_models()
+        else:
+            yield from self._conflicts_of_labels()
 
-    def _conflicts_of_files(self) -> Iterator[tuple[str, str]]:
-        if self.load_args is not None and self.path is not None:
-            yield "path", "is given beside load_args; keep one and set the other to null"
-        if self.load_args is None and self.path is None and self.name != INSTALLED_TEXT:
-            yield "load_args", f"names no data; give load_args, path, or name: {INSTALLED_TEXT}"
-        if self.path is None:
-            for key in ("format", "columns", "header", "delimiter", "quoting"):
-                if getattr(self, key) is not None:
-                    yield key, "is for local files and dataset.path is not given; remove it"
+    def _conflicts_of_splits(self) -> Iterator[tuple[str, str]]:
         if isinstance(self.path, dict) and self.train_split not in self.path:
             yield (
                 "path",
@@ -145,14 +105,25 @@ class DatasetConfig(Section):
             yield "text_column", f"{self.text_column} has more than two columns; name one or two"
         if self.text_column is not None and self.label_column in self.text_column:
             yield "label_column", f"{self.label_column!r} is a text column too; name another"
-
-    def _conflicts_of_task(self) -> Iterator[tuple[str, str]]:
+        if self.task is None and self.metric and KNOWN_METRICS[self.metric] == CAUSAL_LM:
+            yield "metric", f"{self.metric!r} is for language models; set dataset.task: {CAUSAL_LM}"
         if self.task and self.metric and KNOWN_METRICS[self.metric] != self.task:
             fitting = [name for name, task in KNOWN_METRICS.items() if task == self.task]
             yield (
                 "metric",
                 f"{self.metric!r} does not measure {self.task}; use one of {', '.join(fitting)}",
             )
+
+    def _conflicts_of_language_models(self) -> Iterator[tuple[str, str]]:
+        for key in ("label_column", "num_labels", "label_names"):
+            if getattr(self, key) is not None:
+                yield key, f"is for classification and dataset.task is {CAUSAL_LM}; remove it"
+        if self.text_column is not None and len(self.text_column) > 1:
+            yield "text_column", f"{self.text_column}: a language model reads one column; name it"
+
+    def _conflicts_of_labels(self) -> Iterator[tuple[str, str]]:
+        for key in self.own_keys:
+            yield key, f"is for language models; set dataset.task: {CAUSAL_LM}, or remove it"
         if self.task == "regression":
             for key in ("num_labels", "label_names"):
                 if getattr(self, key) is not None:

@@ -12,11 +12,22 @@ from fish_tuning.experiments.config.values import Text
 MINILM = "minilm"
 """The `model.name` of the MiniLM that is installed as a wheel."""
 
+SMOLLM2 = "smollm2"
+"""The `model.name` of the SmolLM2-135M-Instruct that is installed as a wheel."""
+
 
 class ModelConfig(Section):
     """The model that is fine-tuned."""
 
-    name: Text = Field(description="Hub id, local folder, or `minilm` for the packaged MiniLM.")
+    name: Text = Field(
+        description="Hub id, local folder, or a packaged model: `minilm` (MiniLM) or `smollm2` "
+        "(SmolLM2-135M-Instruct, a language model)."
+    )
+    gguf_file: Text | None = Field(
+        default=None,
+        description="Name of the GGUF file in the hub's repository or the folder that `name` "
+        "stands for; converted once, to float32. Needs the package gguf.",
+    )
     config_overrides: dict[str, Any] = Field(
         default={}, description="Values of the model's own config to set, such as pad_token_id."
     )

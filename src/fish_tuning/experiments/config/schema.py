@@ -11,6 +11,11 @@ from pydantic import Field
 
 from fish_tuning.experiments.config.adapters import LoraConfig, PeerConfig
 from fish_tuning.experiments.config.dataset import DatasetConfig
+from fish_tuning.experiments.config.generation import (
+    EvaluationSetConfig,
+    GenerationConfig,
+    SetName,
+)
 from fish_tuning.experiments.config.model import ModelConfig
 from fish_tuning.experiments.config.sections import Section
 from fish_tuning.experiments.config.selection import FishTuningConfig
@@ -19,7 +24,9 @@ from fish_tuning.experiments.config.training import (
     LearningRateSearch,
     TrainingConfig,
 )
+from fish_tuning.experiments.config.training_args import sft_arguments
 from fish_tuning.experiments.config.values import Seeds
+from fish_tuning.experiments.metrics.names import CAUSAL_LM, TEXT_METRICS
 
 
 class ExperimentConfig(Section):
@@ -27,6 +34,16 @@ class ExperimentConfig(Section):
 
     model: ModelConfig = Field(description="The model that is fine-tuned.")
     dataset: DatasetConfig = Field(description="The data.")
+    evaluation_sets: dict[SetName, EvaluationSetConfig] = Field(
+        default={},
+        description="Language models: further texts by name, unrelated to the task, say. Loss and "
+        "perplexity on each, before and after training, show what a model forgets.",
+    )
+    generation: GenerationConfig | None = Field(
+        default=None,
+        description="Language models: generate from the validation prompts before and after "
+        "training, and measure the texts; by default nothing is generated.",
+    )
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapters.")
     training: TrainingConfig = Field(
         default=TrainingConfig(), description="What differs from base_training here."
@@ -46,7 +63,7 @@ class ExperimentConfig(Section):
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Two arms with the same name."""
+        """Two arms with the same name, and keys that do not fit the task."""
         peers = [peer.label for peer in self.peers]
         variants = [variant.name for variant in self.fish_tuning.variants]
         labels = [*self.fish_tuning.methods_to_run, *variants, *peers]
@@ -54,6 +71,57 @@ class ExperimentConfig(Section):
         if twice:
             key = "peers" if twice[0] in peers else "fish_tuning"
             yield key, f"{twice[0]!r} names two arms; give one another name"
+        if self.is_generative:
+            yield from self._conflicts_of_generation()
+        else:
+            yield from self._conflicts_without_generation()
+
+    def _conflicts_of_generation(self) -> Iterator[tuple[str, str]]:
+        metric = self.dataset.metric
+        measured = self.generation.metrics if self.generation else []
+        if metric in TEXT_METRICS and metric not in measured:
+            yield "dataset.metric", f"{metric!r} is not measured; add it to generation.metrics"
+        if self.generation is not None and self.dataset.text_column is not None:
+            yield "generation", "needs prompts, and dataset.text_column is plain text; remove one"
+        args = self.training_args
+        if args.get("completion_only_loss") and args.get("assistant_only_loss"):
+            yield (
+                self.argument_path("assistant_only_loss"),
+                "is true beside completion_only_loss; keep one",
+            )
+
+    def _conflicts_without_generation(self) -> Iterator[tuple[str, str]]:
+        remedy = f"set dataset.task: {CAUSAL_LM}, or remove it"
+        for key in ("generation", "evaluation_sets"):
+            if getattr(self, key):
+                yield key, f"is for language models; {remedy}"
+        for name in self.training_args:
+            if name in sft_arguments():
+                path = self.argument_path(name)
+                yield path, f"is an argument of trl.SFTConfig, for language models; {remedy}"
+
+    def argument_path(self, name: str) -> str:
+        """Where the config sets a training argument."""
+        own = name in self.training.args_override
+        return f"{'training.args_override' if own else 'base_training.args'}.{name}"
+
+    @property
+    def is_generative(self) -> bool:
+        """Whether the model is a language model that continues text."""
+        return self.dataset.task == CAUSAL_LM
+
+    @property
+    def max_length(self) -> int:
+        """The length of the longest input, in tokens."""
+        length: int = self.training_args.get("max_length") or self.training.max_seq_length
+        return length
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Patterns of the tensors to train densely; language models have no new head."""
+        if self.is_generative and "names_to_exclude" not in self.lora.model_fields_set:
+            return []
+        return self.lora.names_to_exclude
 
     @property
     def training_args(self) -> dict[str, Any]:

@@ -16,14 +16,20 @@ TrainingArgs = Annotated[dict[str, Any], AfterValidator(check_args)]
 class TrainingConfig(Section):
     """What differs from `base_training` in this experiment."""
 
-    max_seq_length: Positive = Field(default=128, description="Longest input, in tokens.")
+    max_seq_length: Positive = Field(
+        default=128,
+        description="Longest input, in tokens. SFTConfig's max_length takes precedence.",
+    )
     output_dir: Text = Field(
         default="results",
         description="Folder of the results, relative to the current one; by default results/ and "
         "the config file's name.",
     )
     args_override: TrainingArgs = Field(
-        default={}, description="transformers.TrainingArguments that override base_training.args."
+        default={},
+        description="transformers.TrainingArguments that override base_training.args; with "
+        "dataset.task: causal_lm, also those of trl.SFTConfig, such as packing, padding_free, "
+        "max_length, completion_only_loss and assistant_only_loss.",
     )
 
 

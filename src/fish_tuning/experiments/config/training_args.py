@@ -1,4 +1,4 @@
-"""Check the arguments meant for transformers.TrainingArguments, without importing transformers."""
+"""Check the arguments meant for TrainingArguments or SFTConfig, without importing either."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ _SET_ELSEWHERE = {
     "data_seed": "seeds",
     "label_names": "dataset.label_names",
     "resume_from_checkpoint": "nothing: a rerun of the command resumes by itself",
+    "dataset_text_field": "dataset.text_column",
+    "dataset_kwargs": "the keys of dataset",
+    "dataset_num_proc": "nothing: examples are prepared once, in batches",
+    "eval_packing": "nothing: rows are evaluated one by one",
+    "shuffle_dataset": "nothing: training data is shuffled in any case",
+    "truncation_mode": "nothing: the start is kept",
+    "chat_template_path": "a model with a chat template",
+    "eos_token": "model.config_overrides.eos_token_id",
+    "pad_token": "model.config_overrides.pad_token_id",
+    "model_init_kwargs": "the keys of model",
+    "trust_remote_code": "model.trust_remote_code",
 }
 
 _SIMPLE_TYPES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, bool, str)}
@@ -56,7 +67,21 @@ def argument_types() -> dict[str, str]:
     They are parsed from its source, because importing it takes seconds and a wrong config should
     be refused at once.
     """
-    fields = _class_fields("transformers", "training_args.py", "TrainingArguments")
+    return _arguments("transformers", "training_args.py", "TrainingArguments")
+
+
+@functools.cache
+def sft_arguments() -> dict[str, str]:
+    """Return the fields that the installed trl.SFTConfig adds; none if TRL is not installed."""
+    try:
+        own = _arguments("trl", "trainer/sft_config.py", "SFTConfig")
+    except ModuleNotFoundError:
+        return {}
+    return {name: kind for name, kind in own.items() if name not in argument_types()}
+
+
+def _arguments(package: str, file: str, name: str) -> dict[str, str]:
+    fields = _class_fields(package, file, name)
     # Dataclass fields are annotated; other assignments are constants of the class.
     return {name: annotation for name, annotation in fields.items() if annotation}
 
@@ -99,7 +124,7 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
     Raises:
         FieldProblems: Arguments are unknown, of the wrong type or set elsewhere in the config.
     """
-    types = argument_types()
+    types = argument_types() | sft_arguments()
     checked, problems = {}, {}
     for name, value in args.items():
         if name in _SET_ELSEWHERE:

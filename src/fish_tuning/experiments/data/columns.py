@@ -26,15 +26,28 @@ def find_label_column(train: Dataset, config: DatasetConfig) -> str:
     """
     if config.label_column is not None:
         return _existing(config.label_column, train, "label_column")
-    by_name = {name.lower(): name for name in train.column_names}
-    for name in _LABEL_COLUMNS:
-        if name in by_name and by_name[name] not in (config.text_column or ()):
-            return str(by_name[name])
+    named = _named_like_labels(train, config)
+    if named:
+        return named[0]
     hint = "; if the file has no header line, set dataset.header: false or dataset.columns"
     raise ConfigError(
         "dataset.label_column: none of the columns has the name of a label: "
         f"{', '.join(train.column_names)}; name the column{hint if config.path else ''}"
     )
+
+
+def has_label_column(train: Dataset, config: DatasetConfig) -> bool:
+    """Return whether a column has the usual name of a label."""
+    return bool(_named_like_labels(train, config))
+
+
+def _named_like_labels(train: Dataset, config: DatasetConfig) -> list[str]:
+    by_name = {name.lower(): name for name in train.column_names}
+    return [
+        by_name[name]
+        for name in _LABEL_COLUMNS
+        if name in by_name and by_name[name] not in (config.text_column or ())
+    ]
 
 
 def find_text_columns(train: Dataset, config: DatasetConfig, label: str) -> tuple[str, ...]:
@@ -62,7 +75,7 @@ def find_text_columns(train: Dataset, config: DatasetConfig, label: str) -> tupl
         and not _ID_COLUMN.search(name)
     ]
     # IDs, sources and tags are strings too, but of a single word.
-    found = [name for name in strings if _has_several_words(column(sample, name))] or strings
+    found = [name for name in strings if has_several_words(column(sample, name))] or strings
     if not 1 <= len(found) <= 2:
         raise ConfigError(
             f"dataset.text_column: {'several' if found else 'none'} of the columns could be the "
@@ -77,8 +90,9 @@ def column(data: Dataset, name: str) -> list[Any]:
     return values
 
 
-def _has_several_words(values: Sequence[str | None]) -> bool:
-    return 2 * sum(len((value or "").split()) > 1 for value in values) > len(values)
+def has_several_words(values: Sequence[Any]) -> bool:
+    """Return whether most values are text of more than one word."""
+    return 2 * sum(len(str(value or "").split()) > 1 for value in values) > len(values)
 
 
 def _existing(name: str, data: Dataset, key: str) -> str:

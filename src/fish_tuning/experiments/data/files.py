@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from fish_tuning.experiments.config.dataset import DatasetConfig
+from fish_tuning.experiments.config.source import DataSource
 from fish_tuning.experiments.errors import ConfigError
 
 _FORMATS = {
@@ -24,6 +24,7 @@ _FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".txt": "txt",
 }
 
 
@@ -62,7 +63,7 @@ def find_files(path: str | Mapping[str, str], format: str | None = None) -> dict
     return found
 
 
-def read_file(file: Path, config: DatasetConfig) -> Dataset:
+def read_file(file: Path, config: DataSource) -> Dataset:
     """Read one file of rows.
 
     Raises:
@@ -72,12 +73,14 @@ def read_file(file: Path, config: DatasetConfig) -> Dataset:
     if kind is None:
         raise ConfigError(
             f"dataset.path: the ending of {str(file)!r} is not that of a known format; set "
-            "dataset.format to csv, tsv, json, jsonl or parquet"
+            "dataset.format to csv, tsv, json, jsonl, parquet or txt"
         )
     try:
         if kind == "parquet":
             return _read_parquet(file)
-        if kind in ("csv", "tsv"):
+        if kind == "txt" and config.delimiter is None:
+            return _read_lines(file)
+        if kind in ("csv", "tsv", "txt"):
             return _read_delimited(file, kind, config)
         return _from_rows(_read_json(file, lines=kind == "jsonl"), file)
     except FileNotFoundError:
@@ -92,7 +95,13 @@ def read_file(file: Path, config: DatasetConfig) -> Dataset:
         raise ConfigError(f"dataset.path: {str(file)!r} cannot be read: {error}") from None
 
 
-def _read_delimited(file: Path, kind: str, config: DatasetConfig) -> Dataset:
+def _read_lines(file: Path) -> Dataset:
+    """Read one text per line; empty lines do not count."""
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return Dataset.from_dict({"text": [line.rstrip("\r") for line in lines if line.strip()]})
+
+
+def _read_delimited(file: Path, kind: str, config: DataSource) -> Dataset:
     quoting = (kind == "csv") if config.quoting is None else config.quoting
     delimiter = config.delimiter or ("," if kind == "csv" else "\t")
     # newline="\n": a carriage return inside a field does not end the line.
@@ -101,7 +110,7 @@ def _read_delimited(file: Path, kind: str, config: DatasetConfig) -> Dataset:
             _split_quoted(stream, delimiter, file) if quoting else _split_plain(stream, delimiter)
         )
         names = config.columns
-        has_header = names is None if config.header is None else config.header
+        has_header = (names is None and kind != "txt") if config.header is None else config.header
         first = next(rows, None)
         if first is None:
             raise ConfigError(f"dataset.path: {str(file)!r} is empty; give a file with rows")

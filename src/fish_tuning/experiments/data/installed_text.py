@@ -36,7 +36,8 @@ _ALIASES = {
     "transformers": ("huggingface", "hugging face"),
 }
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "_testing", "__pycache__"}
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+"""What can have a docstring."""
 
 # Words spelled as only programs spell them: dotted.paths, snake_case, CamelCase, LSTMCell.
 _IDENTIFIER = re.compile(
@@ -127,7 +128,7 @@ def _balanced(
     keys = {
         package: sorted(
             (key for key in sentences if _split_of(key) == split),
-            key=lambda key: _hash(f"{seed} {key}"),
+            key=lambda key: stable_hash(f"{seed} {key}"),
         )
         for package, sentences in found.items()
     }
@@ -143,7 +144,7 @@ def _balanced(
         for label, (package, available) in enumerate(keys.items())
         for key in available[:size]
     ]
-    rows.sort(key=lambda row: _hash(f"{seed} order {row[0]}"))
+    rows.sort(key=lambda row: stable_hash(f"{seed} order {row[0]}"))
     return Dataset.from_dict(
         {"text": [text for _, text, _ in rows], "label": [label for *_, label in rows]},
         features=features,
@@ -189,7 +190,7 @@ def _source_files(package: str, seed: int) -> list[Path]:
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
         and not path.name.startswith(("test_", "conftest"))
     }
-    return [files[name] for name in sorted(files, key=lambda name: _hash(f"{seed} {name}"))]
+    return [files[name] for name in sorted(files, key=lambda name: stable_hash(f"{seed} {name}"))]
 
 
 @contextmanager
@@ -212,6 +213,25 @@ def _parsing_many() -> Iterator[None]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     """Yield the docstrings of a file's module, classes and functions, in order."""
+    for node in _documented(path):
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring:
+            yield docstring
+
+
+def parsed_sources(package: str) -> Iterator[Documented]:
+    """Yield the modules, classes and functions of an installed package, except its tests.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+    """
+    with _parsing_many():
+        for path in _source_files(package, seed=0):
+            yield from _documented(path)
+
+
+def _documented(path: Path) -> Iterator[Documented]:
+    """Yield a file's module, classes and functions, in order."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):
@@ -219,10 +239,8 @@ def _docstrings(path: Path) -> Iterator[str]:
     pending: list[ast.stmt | ast.Module] = [tree]
     while pending:
         node = pending.pop()
-        if isinstance(node, _DOCUMENTED):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring:
-                yield docstring
+        if isinstance(node, Documented):
+            yield node
             pending.extend(reversed(node.body))
 
 
@@ -252,9 +270,10 @@ def _normalize(text: str) -> str:
 
 
 def _split_of(key: str) -> str:
-    return "validation" if _hash(key) < VALIDATION_SHARE * 2**64 else "train"
+    return "validation" if stable_hash(key) < VALIDATION_SHARE * 2**64 else "train"
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
+    """Return a number between 0 and 2**64 that is the same in every process."""
     # Python's own hash() differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -9,7 +9,7 @@ from typing import Any
 
 from fish_tuning.experiments.config.dataset import DatasetConfig
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.metrics import Task
+from fish_tuning.experiments.metrics.names import Task
 
 # A column with more rows than this, and more distinct values than this share of them, holds
 # something other than classes.

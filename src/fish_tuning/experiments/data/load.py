@@ -11,11 +11,18 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from fish_tuning.experiments.config.dataset import DatasetConfig
-from fish_tuning.experiments.data.columns import column, find_label_column, find_text_columns
+from fish_tuning.experiments.data.columns import (
+    column,
+    find_label_column,
+    find_text_columns,
+    has_label_column,
+    has_several_words,
+)
 from fish_tuning.experiments.data.labels import LabelSpace, find_label_space
-from fish_tuning.experiments.data.splits import find_validation_split, load_split, open_splits
+from fish_tuning.experiments.data.splits import load_split, open_splits, train_and_validation
+from fish_tuning.experiments.data.text_forms import COMPLETIONS, refuse_texts_to_generate
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.metrics import Task, metric_names
+from fish_tuning.experiments.metrics.names import Task, metric_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +68,11 @@ def load_data(config: DatasetConfig, *, seed: int = 42) -> TaskData:
     """
     splits = open_splits(config)
     train = load_split(splits, config.train_split, "train_split")
+    if config.label_column is None and not has_label_column(train, config):
+        refuse_texts_to_generate(train.column_names)
     label_column = find_label_column(train, config)
+    if label_column in COMPLETIONS and has_several_words(column(train, label_column)):
+        refuse_texts_to_generate(train.column_names)
     text_columns = find_text_columns(train, config, label_column)
     where = _where(label_column, config.train_split)
     feature = train.features[label_column]
@@ -69,21 +80,18 @@ def load_data(config: DatasetConfig, *, seed: int = 42) -> TaskData:
     space = find_label_space(column(train, label_column), config, where, class_names)
     train = _encode(train, config.train_split, text_columns, label_column, space)
 
-    validation_split = find_validation_split(splits, config)
-    if validation_split is not None:
-        validation = load_split(splits, validation_split, "validation_split")
-        _check_columns(validation, validation_split, (*text_columns, label_column))
-        validation = _encode(validation, validation_split, text_columns, label_column, space)
-    else:
-        size = round(config.validation_fraction * len(train))
-        if not 0 < size < len(train):
-            raise ConfigError(
-                f"dataset.validation_fraction: {config.validation_fraction} of {len(train)} "
-                "examples leaves a split empty; change it or name a validation_split"
-            )
-        train, validation = hold_out(train, label_column, size, space.task, seed)
-    train = _subset(train, config.max_train_samples, seed)
-    validation = _subset(validation, config.max_validation_samples, seed)
+    def prepare(data: Dataset, split: str) -> Dataset:
+        _check_columns(data, split, (*text_columns, label_column))
+        return _encode(data, split, text_columns, label_column, space)
+
+    train, validation = train_and_validation(
+        splits,
+        config,
+        train,
+        prepare=prepare,
+        divide=lambda data, size: hold_out(data, label_column, size, space.task, seed),
+        seed=seed,
+    )
     if len(set(column(train, label_column))) < 2:
         raise ConfigError(
             f"{where}: all {len(train)} training examples have one label, so there is nothing to "
@@ -108,29 +116,29 @@ def load_data(config: DatasetConfig, *, seed: int = 42) -> TaskData:
 def hold_out(
     train: Dataset, label_column: str, size: int, task: Task, seed: int = 42
 ) -> tuple[Dataset, Dataset]:
-    """Split off some of the examples, the same share of each class.
+    """Split off some of the examples; of classification, the same share of each class.
 
     Args:
         train: The examples.
-        label_column: The column with the labels.
+        label_column: The column with the labels; only classification reads it.
         size: How many examples to split off; fewer than there are.
-        task: Regression has no classes.
+        task: What the model predicts.
         seed: Chooses the examples.
 
     Returns:
         The examples that stay, and those split off.
     """
-    labels = np.asarray(column(train, label_column))
     generator = np.random.default_rng(seed)
-    rows = generator.permutation(len(labels))
+    rows = generator.permutation(len(train))
     groups = [rows]
     if task == "classification":
+        labels = np.asarray(column(train, label_column))
         groups = [rows[labels[rows] == label] for label in generator.permutation(np.unique(labels))]
     # An example's position within its class, from 0 to 1. The lowest positions of all classes
     # together are the same share of each class.
     positions = np.concatenate([(np.arange(len(group)) + 0.5) / len(group) for group in groups])
     chosen = np.sort(np.concatenate(groups)[np.argsort(positions, kind="stable")[:size]])
-    others = np.setdiff1d(np.arange(len(labels)), chosen)
+    others = np.setdiff1d(np.arange(len(train)), chosen)
     return train.select(others), train.select(chosen)
 
 
@@ -180,9 +188,3 @@ def _encode(
         columns[name] = [str(value) for value in values]
     columns[label_column] = space.encode(column(data, label_column), _where(label_column, split))
     return Dataset.from_dict(columns)
-
-
-def _subset(data: Dataset, size: int | None, seed: int) -> Dataset:
-    if size is None or size >= len(data):
-        return data
-    return data.select(np.sort(np.random.default_rng(seed).permutation(len(data))[:size]))

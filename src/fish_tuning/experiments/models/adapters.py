@@ -109,13 +109,18 @@ def _peft_config(
     elif arm.name == LORA_FA:
         rank = _lora_fa_rank(config, model)
     return LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=_task_type(config),
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=config.lora.dropout,
         target_modules=config.lora.target_modules,
-        modules_to_save=_unusual_head(model),
+        modules_to_save=None if config.is_generative else _unusual_head(model),
     )
+
+
+def _task_type(config: ExperimentConfig) -> str:
+    """PEFT's name of the task."""
+    return "CAUSAL_LM" if config.is_generative else "SEQ_CLS"
 
 
 def _unusual_head(model: PreTrainedModel) -> list[str] | None:
@@ -144,7 +149,7 @@ def _own_config(
     """The PEFT config of a peer, or of a variant with its own adapter."""
     kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.method)]
     fields = kind.__dataclass_fields__
-    settings: dict[str, Any] = {"task_type": "SEQ_CLS", **adapter.config}
+    settings: dict[str, Any] = {"task_type": _task_type(config), **adapter.config}
     if "target_modules" in fields and config.lora.target_modules is not None:
         settings.setdefault("target_modules", config.lora.target_modules)
     if adapter.method == "ADALORA":

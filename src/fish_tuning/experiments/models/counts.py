@@ -73,7 +73,7 @@ def names_left_dense(
         entries: Number of entries of each trainable tensor.
         budget: Number of parameters to train, head included.
     """
-    names = [n for n in entries if any(re.search(p, n) for p in config.lora.names_to_exclude)]
+    names = [n for n in entries if any(re.search(p, n) for p in config.dense_names)]
     dense = sum(entries[name] for name in names)
     return [f"^{re.escape(name)}$" for name in names] if dense < budget else []
 
@@ -93,11 +93,11 @@ def _checked_budget(
     budget = round(arm.ratio * lora.trainable)
     entries = {name: tensor.numel() for name, tensor in trainable_tensors(model).items()}
     excluded = names_left_dense(config, entries, budget)
-    if config.lora.names_to_exclude and not excluded:
-        found = any(re.search(p, name) for p in config.lora.names_to_exclude for name in entries)
+    if config.dense_names and not excluded:
+        found = any(re.search(p, name) for p in config.dense_names for name in entries)
         logger.warning(
             "lora.names_to_exclude: %s match %s, so the head competes for the budget too",
-            config.lora.names_to_exclude,
+            config.dense_names,
             f"more entries than the budget of {budget:,}"
             if found
             else "none of the trainable tensors",

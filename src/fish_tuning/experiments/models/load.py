@@ -1,35 +1,43 @@
-"""Load the tokenizer and the classification model that a config names."""
+"""Load the tokenizer and the model that a config names."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
 )
 
-from fish_tuning.experiments.config.model import MINILM, ModelConfig
+from fish_tuning.experiments.config.model import ModelConfig
 from fish_tuning.experiments.errors import ConfigError, first_line
-from fish_tuning.experiments.models.find import check_model, check_quantization
-from fish_tuning.experiments.models.minilm import minilm_path
+from fish_tuning.experiments.models.find import (
+    PACKAGED,
+    check_model,
+    check_quantization,
+    packaged_path,
+)
+from fish_tuning.experiments.models.gguf import converted_gguf
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from fish_tuning.experiments.metrics import Task
+    from fish_tuning.experiments.metrics.names import Task
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HEADS = ["classifier", "score", "classification_head"]
+_HEADS = ["classifier", "score", "classification_head", "lm_head"]
 
 
 def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> Any:
@@ -121,11 +129,15 @@ def model_config(
 def meta_model(config: ModelConfig, num_labels: int) -> PreTrainedModel:
     """Build the model's architecture from its config.json alone: shapes without weights.
 
+    Args:
+        config: The model.
+        num_labels: The number of the head's outputs; 0 for a language model.
+
     Raises:
-        ConfigError: There is no such model, or transformers cannot use it to classify sequences.
+        ConfigError: There is no such model, or transformers cannot use it for the task.
     """
-    own = model_config(config, num_labels)
-    family: Any = AutoModelForSequenceClassification
+    own = model_config(config, num_labels or None)
+    family: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
     with torch.device("meta"):
         return _built(config, own, lambda: family.from_config(own, dtype=torch.float32))
 
@@ -137,28 +149,31 @@ def load_model(
     label_names: Sequence[str] = (),
     task: Task = "classification",
 ) -> PreTrainedModel:
-    """Load the model with a new head, which is drawn from torch's current random state.
+    """Load a language model as it is, or a classifier with a new head.
+
+    The head is drawn from torch's current random state.
 
     Args:
         config: The model.
         tokenizer: Its tokenizer, whose pad token becomes the model's.
-        num_labels: The number of the head's outputs.
+        num_labels: The number of the head's outputs; 0 for a language model.
         label_names: The classes in the order of their ids.
         task: Determines the loss.
 
     Raises:
-        ConfigError: There is no such model, it has no weights, transformers cannot use it to
-            classify sequences, or it cannot be quantized on this machine.
+        ConfigError: There is no such model, it has no weights, transformers cannot use it for the
+            task, or it cannot be quantized on this machine.
     """
-    own = model_config(config, num_labels, label_names, task)
+    own = model_config(config, num_labels or None, label_names, task)
     own.pad_token_id = tokenizer.pad_token_id
     options: dict[str, Any] = {"dtype": _DTYPES[config.precision]}
     options |= quantization_options(config)
     source = _source(config, weights=True)
+    family: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
     model = _built(
         config,
         own,
-        lambda: AutoModelForSequenceClassification.from_pretrained(
+        lambda: family.from_pretrained(
             source, config=own, trust_remote_code=config.trust_remote_code, **options
         ),
     )
@@ -168,13 +183,21 @@ def load_model(
 
 def _source(config: ModelConfig, *, weights: bool = False) -> str:
     """Return the folder or hub id, after checking that it exists."""
-    if config.name == MINILM:
-        try:
-            return str(minilm_path())
-        except (ModuleNotFoundError, ValueError) as error:
-            raise ConfigError(f"model.name: {error}") from None
-    check_model(config.name, weights=weights)
-    return config.name
+    check_model(config, weights=weights)
+    path = packaged_path(config.name) if config.name in PACKAGED else Path(config.name)
+    if config.gguf_file is None and path.suffix != ".gguf":
+        return str(path) if config.name in PACKAGED else config.name
+    try:
+        if config.gguf_file is not None:
+            local = path / config.gguf_file
+            path = local if path.is_dir() else Path(hf_hub_download(config.name, config.gguf_file))
+        return str(converted_gguf(path))
+    # Hub clients and the readers of the file have no common base class for their errors.
+    except Exception as error:
+        raise ConfigError(
+            f"model: {config.gguf_file or config.name!r} cannot be converted from GGUF: "
+            f"{first_line(error)}; check the file"
+        ) from error
 
 
 def _loaded(kind: Any, source: str, config: ModelConfig) -> Any:
@@ -198,8 +221,8 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise ConfigError(
-                f"model.name: {config.name!r} is of type {own.model_type!r}, for which "
-                "transformers has no sequence classification; name another model"
+                f"model.name: {config.name!r} is of type {own.model_type!r}, which transformers "
+                "cannot use for dataset.task; name another model"
             ) from None
         raise ConfigError(
             f"model.name: {config.name!r} cannot be built: {first_line(error)}; check its files, "
@@ -232,7 +255,7 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
             "bnb_4bit_compute_dtype": _DTYPES[config.precision],
         }
     settings: Any = BitsAndBytesConfig
-    # The head is trained, so it is not quantized.
+    # A classification head is trained, and the head of a language model is tied or sensitive.
     return {
         "quantization_config": settings(llm_int8_skip_modules=_HEADS, **bits),
         "device_map": "auto",

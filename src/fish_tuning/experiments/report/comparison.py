@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,8 @@ class ArmSummary:
         trainable_params: Scalars that the optimizer held.
         learning_rates: What a search has chosen for it; empty without a search.
         difference: Main metric minus the baseline's; None also for the baseline itself.
+        further: Every other metric of a language model, by name.
+        before: The metrics of a language model before training, by name.
     """
 
     runs: ArmRuns
@@ -43,6 +45,8 @@ class ArmSummary:
     trainable_params: Spread | None
     learning_rates: tuple[float, ...]
     difference: Difference | None
+    further: Mapping[str, Spread | None]
+    before: Mapping[str, Spread | None]
 
     @property
     def label(self) -> str:
@@ -100,7 +104,26 @@ def _summary(group: ArmRuns, groups: Sequence[ArmRuns], metric: str | None) -> A
         trainable_params=over_seeds(lambda run: run.trainable_params),
         learning_rates=tuple(sorted(rates)),
         difference=difference,
+        further={name: over_seeds(_after(name)) for name in _further_metrics(groups, metric)},
+        before={
+            name: over_seeds(_before(name))
+            for name in dict.fromkeys(name for run in group.finished for name in run.metrics_before)
+        },
     )
+
+
+def _after(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.metrics.get(name)
+
+
+def _before(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.metrics_before.get(name)
+
+
+def _further_metrics(groups: Sequence[ArmRuns], main: str | None) -> list[str]:
+    """The metrics of language models beside the main one; classification reports just that."""
+    runs = [run for group in groups for run in group.finished if run.metrics_before]
+    return [name for name in dict.fromkeys(n for run in runs for n in run.metrics) if name != main]
 
 
 @dataclass(frozen=True)

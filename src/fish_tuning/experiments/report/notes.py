@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fish_tuning.experiments.metrics import KNOWN_METRICS, greater_is_better
+from fish_tuning.experiments.metrics.names import greater_is_better
 from fish_tuning.experiments.report.comparison import Comparison
 from fish_tuning.experiments.report.statistics import RESAMPLES
 from fish_tuning.experiments.report.summary_table import metric_title
@@ -27,8 +27,14 @@ def notes_on(comparison: Comparison) -> list[str]:
             f"Peak Memory: highest value during training, measured on: {', '.join(places)}."
         )
     metric = comparison.metric
-    if metric in KNOWN_METRICS and not greater_is_better(metric):
+    if metric is not None and not greater_is_better(metric):
         notes.append(f"{metric_title(metric)}: lower is better.")
+    if any(arm.before for arm in comparison.arms):
+        notes.append(
+            "Loss: mean negative log-likelihood per token, in nats, over all tokens that count; "
+            "perplexity: its exponential. An arrow leads from the model before training to the "
+            "model after it."
+        )
     if len(comparison.arms) > 1 and any(arm.is_baseline for arm in comparison.arms):
         notes.append(
             f"Difference: mean of the paired differences over the seeds that both have, with a 95% "

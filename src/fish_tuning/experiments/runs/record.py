@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.metrics.names import metric_key
 from fish_tuning.experiments.results import RUN_FILE, RUNS_FOLDER, Run, read_run, write_json
 from fish_tuning.experiments.runs import environment
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
@@ -103,7 +104,7 @@ def run_record(arm: Arm, experiment: PreparedExperiment, started: str, **outcome
         config=experiment.config.model_dump(mode="json"),
         budget=counts.trainable,
         total_params=counts.total,
-        main_metric=experiment.data.metrics[0],
+        main_metric=metric_key(experiment.data.metrics[0]),
         versions=environment.versions(),
         commit=experiment.commit,
         hardware=environment.hardware(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from fish_tuning.experiments.arms import Arm, ArmKey, planned, searched
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.metrics.names import metric_key
 from fish_tuning.experiments.results import RESULTS_FILE, Results, write_json
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import best_by
@@ -24,7 +25,7 @@ from fish_tuning.experiments.runs.record import (
     recorded_runs,
     run_folder,
 )
-from fish_tuning.experiments.runs.search import LOSS, chosen_learning_rates
+from fish_tuning.experiments.runs.search import chosen_learning_rates
 
 
 def run_experiment(config: ExperimentConfig, *, name: str, ray_cpus: int | None = None) -> Results:
@@ -112,10 +113,9 @@ class _Sweep:
         if config.learning_rate_search is None:
             return None
         chosen, greater_is_better = best_by(config, self.experiment.data.metrics)
-        metric = chosen.removeprefix("eval_")
         return chosen_learning_rates(
             recorded_runs(searched(config), self.folder),
-            LOSS if metric == "loss" else metric,
+            metric_key(chosen.removeprefix("eval_")),
             greater_is_better,
         )
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import AdaLoraModel
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from fish_tuning.experiments.arms import Arm
-from fish_tuning.experiments.metrics import compute_metrics_for
 from fish_tuning.experiments.models.adapters import add_adapter, trainable_tensors
 from fish_tuning.experiments.models.load import load_model
 from fish_tuning.experiments.results import Run, tensor_densities
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
+from fish_tuning.experiments.runs.evaluation import (
+    evaluate_all,
+    evaluate_before,
+    generate_after,
+    named_metrics,
+)
 from fish_tuning.experiments.runs.measurements import Measurements, Report, snapshot
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from fish_tuning.experiments.runs.record import (
@@ -30,8 +34,7 @@ from fish_tuning.experiments.runs.record import (
     run_record,
 )
 from fish_tuning.experiments.runs.scoring import Selection, select
-from fish_tuning.mask.mask import FishMask
-from fish_tuning.trainer import FishTuningTrainer
+from fish_tuning.experiments.runs.trainers import build_trainer
 
 
 def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Report) -> Run:
@@ -62,13 +65,15 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
     mask = selection.mask if selection else None
     budget = experiment.counts[arm.key].trainable
     measurements = Measurements(snapshot(model, may_train), budget, report)
-    trainer = _trainer(model, experiment, args, mask, [measurements, DatedByStep()])
+    trainer = build_trainer(model, experiment, args, mask, [measurements, DatedByStep()])
+    before = evaluate_before(trainer, experiment) if arm.held_out is None else None
     _train(trainer, arm, folder, measurements)
     measurements.check_inside(mask, [name for name, trained in may_train.items() if trained])
     history = list(trainer.state.log_history)  # before the evaluation adds an entry of its own
-    final = trainer.evaluate()
+    metrics = evaluate_all(trainer, experiment)
+    generated = generate_after(trainer, experiment, before, folder)
+    metrics |= generated.pop("metrics", {})
     adapter_bytes = processes.in_main(lambda: _save_adapter(trainer, folder / ADAPTER_FOLDER))
-    metrics = experiment.data.metrics
     return run_record(
         arm,
         experiment,
@@ -76,8 +81,10 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
         status="finished",
         trainable_params=measurements.trainable,
         changed_params=sum(measurements.changed_counts().values()),
-        metrics=_named(final, metrics),
-        **_curves(history, metrics),
+        metrics=metrics,
+        metrics_before=before.metrics if before else {},
+        **generated,
+        **_curves(history, experiment.data.metrics),
         train_seconds=measurements.seconds,
         score_seconds=selection.seconds if selection else 0.0,
         peak_memory_bytes=measurements.memory.peak,
@@ -155,43 +162,13 @@ def _select(
             save_strategy="no",
             load_best_model_at_end=False,
         )
-        return _trainer(model, experiment, without_saving, None, [])
+        return build_trainer(model, experiment, without_saving, None, [])
 
     set_seed(arm.seed)
     budget = experiment.counts[arm.key].trainable
     return select(
         model, arm, experiment.config, budget, experiment.train, experiment.collate, warmup
     )
-
-
-def _trainer(
-    model: nn.Module,
-    experiment: PreparedExperiment,
-    args: TrainingArguments,
-    mask: FishMask | None,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
-    options: dict[str, Any] = {
-        "model": model,
-        "args": args,
-        "train_dataset": experiment.train,
-        "eval_dataset": experiment.validation,
-        "data_collator": experiment.collate,
-        "compute_metrics": compute_metrics_for(experiment.data.metrics),
-        "callbacks": callbacks,
-    }
-    if isinstance(getattr(model, "base_model", None), AdaLoraModel):
-        options["callbacks"] = [_Reallocation(), *callbacks]
-    trainer = Trainer(**options) if mask is None else FishTuningTrainer(mask=mask, **options)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-class _Reallocation(TrainerCallback):
-    """Calls AdaLoRA's rank allocation, which PEFT leaves to the training loop."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
 def _train(trainer: Trainer, arm: Arm, folder: Path, measurements: Measurements) -> None:
@@ -226,7 +203,7 @@ def _curves(history: list[dict[str, float]], metrics: Sequence[str]) -> dict[str
     """The record's two curves, from the entries that Trainer logged."""
     return {
         "curve": [
-            {"step": entry["step"], "epoch": entry["epoch"], **_named(entry, metrics)}
+            {"step": entry["step"], "epoch": entry["epoch"], **named_metrics(entry, metrics)}
             for entry in history
             if "eval_loss" in entry
         ],
@@ -236,10 +213,3 @@ def _curves(history: list[dict[str, float]], metrics: Sequence[str]) -> dict[str
             if "loss" in entry and math.isfinite(entry["loss"])
         ],
     }
-
-
-def _named(entry: Mapping[str, float], metrics: Sequence[str]) -> dict[str, float]:
-    """The loss and the metrics of an evaluation, without transformers' prefix on the metrics."""
-    values = {"eval_loss": entry["eval_loss"]}
-    values |= {name: entry[f"eval_{name}"] for name in metrics}
-    return {name: float(value) for name, value in values.items() if math.isfinite(value)}

@@ -1,75 +1,19 @@
-"""Metrics by task, as GLUE defines them. They need no download, unlike those of `evaluate`."""
+"""Metrics of classification and regression, as GLUE defines them, with nothing to download."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.tasks import KnownTask
+from fish_tuning.experiments.metrics.names import KNOWN_METRICS, diverged
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import EvalPrediction
 
 logger = logging.getLogger(__name__)
-
-Task = Literal["classification", "regression"]
-
-KNOWN_METRICS: dict[str, Task] = {
-    "accuracy": "classification",
-    "f1": "classification",
-    "f1_macro": "classification",
-    "matthews_correlation": "classification",
-    "pearson": "regression",
-    "spearmanr": "regression",
-    "mse": "regression",
-}
-"""Every metric, with the task that it measures."""
-
-_DEFAULTS: dict[Task, tuple[str, ...]] = {
-    "classification": ("accuracy",),
-    "regression": ("pearson", "spearmanr", "mse"),
-}
-
-
-def metric_names(
-    task: Task, num_labels: int, chosen: str | None = None, known: KnownTask | None = None
-) -> tuple[str, ...]:
-    """Return the metrics to compute, the main one first.
-
-    Args:
-        task: What the model predicts.
-        num_labels: Number of classes.
-        chosen: The main metric, from `dataset.metric`; by default the first of the task.
-        known: The public task, whose metrics are used if they fit `task`.
-
-    Raises:
-        ConfigError: If `chosen` is unknown or does not fit the task.
-    """
-    names = _DEFAULTS[task]
-    if known is not None and all(KNOWN_METRICS[name] == task for name in known.metrics):
-        names = tuple(name for name in known.metrics if name != "f1" or num_labels == 2)
-    if chosen is None:
-        return names
-    fitting = [name for name, of in KNOWN_METRICS.items() if of == task]
-    if chosen not in fitting:
-        raise ConfigError(
-            f"dataset.metric: {chosen!r} does not measure {task}; use one of {', '.join(fitting)}"
-        )
-    if chosen == "f1" and num_labels != 2:
-        raise ConfigError(
-            f"dataset.metric: 'f1' is defined for 2 classes and the data has {num_labels}; "
-            "use f1_macro"
-        )
-    return (chosen, *(name for name in names if name != chosen))
-
-
-def greater_is_better(name: str) -> bool:
-    """Return whether a larger value of the metric is better."""
-    return name != "mse"
 
 
 def compute_metrics_for(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -93,11 +37,8 @@ def compute_metrics_for(names: Sequence[str]) -> Callable[[EvalPrediction], dict
         logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
         labels = np.asarray(evaluated.label_ids)
         if not np.isfinite(logits).all():
-            raise ValueError(
-                f"{int((~np.isfinite(logits)).sum())} of {logits.size} predictions are not finite: "
-                "training diverged. Lower base_training.args.learning_rate, or use "
-                "model.precision: float32."
-            )
+            wrong = int((~np.isfinite(logits)).sum())
+            raise diverged(f"{wrong} of {logits.size} predictions are not finite")
         predicted = logits.argmax(-1) if task == "classification" else logits.reshape(len(labels))
         return {name: _compute(name, labels, predicted) for name in names}
 

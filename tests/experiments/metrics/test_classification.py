@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 from transformers import EvalPrediction
 
 from fish_tuning.experiments.errors import ConfigError
-from fish_tuning.experiments.metrics import (
-    KNOWN_METRICS,
-    compute_metrics_for,
-    greater_is_better,
-    metric_names,
-)
+from fish_tuning.experiments.metrics.classification import compute_metrics_for
+from fish_tuning.experiments.metrics.names import KNOWN_METRICS, greater_is_better, metric_names
 from fish_tuning.experiments.tasks import KNOWN_TASKS, known_task
 
 CLASSIFICATION = ("accuracy", "f1", "matthews_correlation")
