@@ -108,7 +108,8 @@ def test_shipped_files_load(path):
     """Guards every shipped experiment against a renamed key."""
     config = load_config(path)
     assert config.training.output_dir == f"./results/{path.stem}" or path.stem == "roberta_mrpc"
-    assert config.dataset.known_num_labels
+    assert config.dataset.known_num_labels is not None
+    assert bool(config.dataset.known_num_labels) is not config.is_generative
 
 
 def test_all_shipped_files_are_found():
@@ -116,8 +117,13 @@ def test_all_shipped_files_are_found():
     assert [path.stem for path in SHIPPED] == [
         "bert_sst2",
         "bert_tiny_sst2_fish_50",
+        "chat_smollm2",
+        "e2e_smollm2",
+        "gsm8k_smollm2",
         "local_files",
+        "metamathqa_llama",
         "quickstart",
+        "quickstart_llm",
         "roberta_mrpc",
         "tinyllama_rotten_tomatoes_fish_25",
     ]

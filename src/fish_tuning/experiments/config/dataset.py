@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from fish_tuning.experiments.config.generation import EvaluationSetConfig
 from fish_tuning.experiments.config.source import DataSource
 from fish_tuning.experiments.config.text_form import TextForm
 from fish_tuning.experiments.config.values import Name, Names, Positive
@@ -31,6 +32,11 @@ class DatasetConfig(TextForm, DataSource):
         default=None,
         description="The split to evaluate on; by default the one named validation or dev, or else "
         "a fraction of the training split.",
+    )
+    validation: EvaluationSetConfig | None = Field(
+        default=None,
+        description="Language models: evaluate on other data than that of this section, with its "
+        "own columns or templates.",
     )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1,
@@ -115,6 +121,10 @@ class DatasetConfig(TextForm, DataSource):
             )
 
     def _conflicts_of_language_models(self) -> Iterator[tuple[str, str]]:
+        if self.validation is not None:
+            for key in ("validation_split", "max_validation_samples"):
+                if getattr(self, key) is not None:
+                    yield key, "is given beside dataset.validation; set it there, or remove it"
         for key in ("label_column", "num_labels", "label_names"):
             if getattr(self, key) is not None:
                 yield key, f"is for classification and dataset.task is {CAUSAL_LM}; remove it"
@@ -122,7 +132,7 @@ class DatasetConfig(TextForm, DataSource):
             yield "text_column", f"{self.text_column}: a language model reads one column; name it"
 
     def _conflicts_of_labels(self) -> Iterator[tuple[str, str]]:
-        for key in self.own_keys:
+        for key in [*self.own_keys, *(["validation"] if self.validation else [])]:
             yield key, f"is for language models; set dataset.task: {CAUSAL_LM}, or remove it"
         if self.task == "regression":
             for key in ("num_labels", "label_names"):

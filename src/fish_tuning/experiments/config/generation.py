@@ -1,4 +1,4 @@
-"""The sections `generation` and `evaluation_sets`, which only language models have."""
+"""The sections that only language models have: `generation` and further data to evaluate on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class GenerationConfig(Section):
 
 
 class EvaluationSetConfig(TextForm, DataSource):
-    """Further texts that a language model is evaluated on before and after training."""
+    """Data that a language model is evaluated on: where it is, its form, and how much of it."""
 
     split: Text | None = Field(
         default=None,

@@ -63,14 +63,19 @@ def load_generative_data(config: ExperimentConfig, *, seed: int = 42) -> Generat
     form = config.dataset
     splits = open_splits(form)
     train = load_split(splits, form.train_split, "train_split")
-    train, validation = train_and_validation(
-        splits,
-        form,
-        standard_form(train, form.train_split, form),
-        prepare=lambda data, split: standard_form(data, split, form),
-        divide=lambda data, size: hold_out(data, "", size, CAUSAL_LM, seed),
-        seed=seed,
-    )
+    train = standard_form(train, form.train_split, form)
+    if form.validation is not None:
+        train = subset(train, form.max_train_samples, seed)
+        validation = _evaluation_set("dataset.validation", form.validation, seed)
+    else:
+        train, validation = train_and_validation(
+            splits,
+            form,
+            train,
+            prepare=lambda data, split: standard_form(data, split, form),
+            divide=lambda data, size: hold_out(data, "", size, CAUSAL_LM, seed),
+            seed=seed,
+        )
     if kind_of(train) != kind_of(validation):
         raise ConfigError(
             f"dataset.validation_split: has {kind_of(validation)}, the training split "
@@ -84,22 +89,22 @@ def load_generative_data(config: ExperimentConfig, *, seed: int = 42) -> Generat
         train=train,
         validation=validation,
         further={
-            name: _evaluation_set(name, of, seed) for name, of in config.evaluation_sets.items()
+            name: _evaluation_set(f"evaluation_sets.{name}", of, seed)
+            for name, of in config.evaluation_sets.items()
         },
         metrics=metric_names(CAUSAL_LM, 0, form.metric),
     )
 
 
-def _evaluation_set(name: str, config: EvaluationSetConfig, seed: int) -> Dataset:
+def _evaluation_set(path: str, config: EvaluationSetConfig, seed: int) -> Dataset:
     try:
         splits = open_splits(config)
         usual = usual_validation_split(splits) or ("test" if "test" in splits else "train")
         split = config.split or usual
         data = standard_form(load_split(splits, split, "split"), split, config)
     except ConfigError as error:
-        here = f"evaluation_sets.{name}"
-        problems = [problem.removeprefix("dataset") for problem in error.problems]
-        raise ConfigError([f"{here}{problem}" for problem in problems]) from None
+        problems = [f"{path}{problem.removeprefix('dataset')}" for problem in error.problems]
+        raise ConfigError(problems) from None
     return subset(data, config.max_samples, seed)
 
 

@@ -99,7 +99,9 @@ def standard_form(data: Dataset, split: str, form: TextForm) -> Dataset:
             "dataset.apply_chat_template: is for prompts and completions, and the data is plain "
             f"text in the column {names[0]!r}; remove it, or name the columns"
         )
-    return Dataset.from_dict({"text": _texts(values, names[0], where)})
+    _check_rows(values, f"{where}, column {names[0]!r}", empty_allowed=True)
+    # Corpora of lines have empty ones between their paragraphs.
+    return Dataset.from_dict({"text": [str(text) for text in values if str(text).strip()]})
 
 
 def _columns(data: Dataset, form: TextForm, where: str) -> list[str]:

@@ -220,9 +220,10 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
     # No common base class, see `_loaded`. A missing classification head is a plain ValueError.
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
+            what = "sequence classification" if own.problem_type else "language model"
             raise ConfigError(
-                f"model.name: {config.name!r} is of type {own.model_type!r}, which transformers "
-                "cannot use for dataset.task; name another model"
+                f"model.name: {config.name!r} is of type {own.model_type!r}, for which "
+                f"transformers has no {what}; name another model"
             ) from None
         raise ConfigError(
             f"model.name: {config.name!r} cannot be built: {first_line(error)}; check its files, "
