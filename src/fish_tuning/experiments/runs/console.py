@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any, Self
@@ -24,9 +25,14 @@ from fish_tuning.experiments.results import Run
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.measurements import Report
 
+_SECONDS_BETWEEN_LINES = 30.0
+
 
 class ProgressLines:
-    """One progress bar per run, or one line per finished run if stderr is not a terminal."""
+    """One progress bar per run; if stderr is not a terminal, a line now and then.
+
+    Both show the time left: of a run while it trains, and of the sweep when a run ends.
+    """
 
     def __init__(self) -> None:
         console = Console(stderr=True, quiet=not processes.is_main())
@@ -40,6 +46,8 @@ class ProgressLines:
             disable=not (console.is_terminal and processes.is_main()),
         )
         self._lines: dict[str, TaskID] = {}
+        self._expected = self._ended = 0
+        self._began = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -48,14 +56,27 @@ class ProgressLines:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def expect(self, runs: int) -> None:
+        """Say how many runs follow; the time left is estimated from those that have ended."""
+        self._expected, self._ended, self._began = runs, 0, time.monotonic()
+
     def begin(self, arm: Arm) -> Report:
         """Show that a run begins; call the returned function at each of its steps."""
         line = self._progress.add_task(arm.title, total=None, note="preparing")
         self._lines[arm.run_id] = line
+        steps: list[tuple[float, int]] = []  # when a step ended, and which one: first and last
 
         def report(step: int, total: int, loss: float | None) -> None:
             note = "" if loss is None else f"loss {loss:.4f}"
             self._progress.update(line, completed=step, total=total, note=note)
+            now = time.monotonic()
+            if not steps:
+                steps.extend([(now, step)] * 2)
+            elif now - steps[1][0] >= _SECONDS_BETWEEN_LINES and step < total:
+                began, first = steps[0]
+                steps[1] = (now, step)
+                left = (now - began) / (step - first) * (total - step)
+                self._print(f"{arm.title}: step {step} of {total}, {note}, {_duration(left)} left")
 
         return report
 
@@ -67,8 +88,22 @@ class ProgressLines:
         line = self._lines[arm.run_id]
         self._progress.update(line, note=note)
         self._progress.stop_task(line)
+        self._ended += 1
+        left = self._expected - self._ended
+        if left > 0:
+            seconds = (time.monotonic() - self._began) / self._ended * left
+            note += f" ({left} more run{'s' * (left > 1)}, about {_duration(seconds)} left)"
+            self._progress.update(line, note=note)
+        self._print(f"{arm.title}: {note}")
+
+    def _print(self, text: str) -> None:
+        """Print a line where there are no bars."""
         if self._progress.disable:
-            self._progress.console.print(f"{arm.title}: {note}", highlight=False)
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @contextlib.contextmanager
