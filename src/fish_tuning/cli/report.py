@@ -17,6 +17,14 @@ def report(
         Path | None,
         typer.Option(help="Folder to write to; required for several sweeps.", show_default=False),
     ] = None,
+    method_comparison: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write each run of a language model to, in the form of the results of "
+            "PEFT's method_comparison.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Rebuild the report of one sweep, or write one over several."""
     with user_errors():
@@ -34,5 +42,12 @@ def report(
 
         from fish_tuning.experiments.report.write import write_report
 
-        for path in write_report(results, output or home):
+        paths = write_report(results, output or home)
+        if method_comparison is not None:
+            from fish_tuning.experiments.report.method_comparison import write_method_comparison
+
+            for folder, sweep in zip(folders, results, strict=True):
+                home = folder if folder.is_dir() else folder.parent
+                paths += write_method_comparison(sweep, home, method_comparison)
+        for path in paths:
             show(str(path))
