@@ -54,11 +54,10 @@ fish_tuning:
 - **Mistakes.** An unknown key is refused with the nearest known one, and all problems of a file are
   listed at once. A key given twice is an error. Plain scalars are those of YAML 1.2: `2e-5` is a
   number and `no` is text.
-- **Training arguments** are those of the installed `transformers.TrainingArguments` and, for language
-  models, `trl.SFTConfig`. Three older
-  names that the original work's files use (`evaluation_strategy`, `warmup_ratio`,
-  `overwrite_output_dir`) are still understood, with a notice. `output_dir`, `seed` and the
-  like are set for each run and refused here.
+- **Training arguments** are those of the installed `transformers.TrainingArguments` and, for
+  language models, `trl.SFTConfig`. Three older names that the original work's files use
+  (`evaluation_strategy`, `warmup_ratio`, `overwrite_output_dir`) are still understood, with a
+  notice. `output_dir`, `seed` and the like are set for each run and refused here.
 - **Reruns.** The same command skips finished runs. Adding seeds, arms, peers or budgets and moving
   `training.output_dir` keeps them; after any other change they run again.
 """
