@@ -42,7 +42,7 @@ def build_trainer(
         "processing_class": experiment.tokenizer,
     }
     if experiment.config.is_generative:
-        from fish_tuning.experiments.runs.generative_trainer import GenerativeTrainer
+        from fish_tuning.experiments.runs.generative.trainer import GenerativeTrainer
 
         masking = [] if mask is None else [FishTuningCallback(mask)]
         trainer: Trainer = GenerativeTrainer(callbacks=[*masking, *callbacks], **options)

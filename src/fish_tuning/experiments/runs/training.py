@@ -18,7 +18,7 @@ from fish_tuning.experiments.results import Run, tensor_densities
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
-from fish_tuning.experiments.runs.evaluation import (
+from fish_tuning.experiments.runs.generative.evaluation import (
     evaluate_all,
     evaluate_before,
     generate_after,

@@ -14,7 +14,7 @@ from fish_tuning.experiments.metrics.names import TEXT_METRICS, metric_key
 from fish_tuning.experiments.metrics.texts import text_metrics
 from fish_tuning.experiments.results import GeneratedExample
 from fish_tuning.experiments.runs import processes
-from fish_tuning.experiments.runs.generation import generate_texts, write_generations
+from fish_tuning.experiments.runs.generative.generation import generate_texts, write_generations
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 
 

@@ -11,7 +11,7 @@ from fish_tuning.experiments.config.generation import GenerationConfig
 from fish_tuning.experiments.config.model import ModelConfig
 from fish_tuning.experiments.data.prompts import prompts_of
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
-from fish_tuning.experiments.runs.generation import generate_texts, write_generations
+from fish_tuning.experiments.runs.generative.generation import generate_texts, write_generations
 from tests.experiments.tiny_language_model import language_model
 
 

@@ -119,10 +119,8 @@ def test_reports_show_texts_and_forgetting(folder, results, tmp_path):
     assert "metrics_before.other_perplexity" in csv_table([results]).splitlines()[0]
     files = write_method_comparison(results, folder / "out", tmp_path)
     entry = json.loads(files[1].read_text(encoding="utf-8"))
-    assert (
-        entry["train_info"]["metrics"][-1]["test accuracy"]
-        == results.runs[1].metrics["exact_match"]
-    )
+    last = entry["train_info"]["metrics"][-1]
+    assert last["test accuracy"] == results.runs[1].metrics["exact_match"]
     change = results.runs[1].metrics["other_loss"] - results.runs[1].metrics_before["other_loss"]
     assert last["forgetting"] == pytest.approx(change)
     assert entry["run_info"]["peft_config"]["peft_type"] == "LORA"

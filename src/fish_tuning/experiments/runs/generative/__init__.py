@@ -1,0 +1,1 @@
+"""What only runs of language models do: generate texts, and evaluate before and after."""
