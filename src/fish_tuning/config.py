@@ -95,7 +95,9 @@ class FishConfig(SelectionSettings):
         "a small random B in place of LoRA's zero B, without which A has no score (perturbed).",
     )
     seed: int = Field(
-        default=0, description="Seed of the perturbation, of sampled labels and of random scores."
+        default=0,
+        description="Seed of the perturbation, of sampled labels, of random scores and of the "
+        "examples that `mask_trainer` draws.",
     )
     names_to_exclude: tuple[str, ...] = Field(
         default=("modules_to_save",),
