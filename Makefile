@@ -68,7 +68,7 @@ $(ADAPTERS)/.installed: pyproject.toml constraints-adapters.txt
 
 # That environment lacks the extras `experiments` and `quantization`, TRL, and the table's PEFT.
 ELSEWHERE := tests/mask/test_card.py $(patsubst %,tests/test_%.py,methods other_trainers quantized readme)
-CORE := per_example scoring selection mask sparse packing
+CORE := per_example scoring scoring/inputs selection mask sparse packing
 test-adapters: $(ADAPTERS)/.installed ## the adapters library, and this one on the transformers that it needs
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ADAPTERS)/bin/python -m pytest -n 2 \
 		$(filter-out $(ELSEWHERE),$(wildcard tests/test_*.py $(CORE:%=tests/%/test_*.py)))

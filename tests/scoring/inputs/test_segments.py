@@ -106,6 +106,7 @@ def test_a_token_at_the_end_of_a_row_may_be_an_example():
         # A pair of sentences with one label for both.
         {"position_ids": [[0, 1, 2, 0, 1]], "labels": [1]},
         {"position_ids": [[0, 1, 2, 0, 1]], "labels": [[0.0, 1.0, 1.0]]},
+        {"seq_idx": [[0, 0, 0, 0, 0]], "labels": [1]},
         {"position_ids": [[[0, 1, 1, 1, 2]], [[0, 1, 1, 2, 2]], [[0, 1, 2, 1, 2]]]},
     ],
 )

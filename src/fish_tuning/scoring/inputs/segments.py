@@ -60,13 +60,14 @@ def find_segments(batch: Batch, pad_id: int | None = None) -> list[Segment] | No
     segments = list(_segments(_agreeing(starts, real), real))
     if mask is None:
         segments = _without_tail(segments, batch, shape, pad_id)
-    if _one_a_row(segments, real) and not BORDERS & batch.keys():
-        return None
     labels = batch.get(LABELS)
-    if isinstance(labels, Tensor) and labels.shape[:2] != shape:
+    other = labels if isinstance(labels, Tensor) and labels.shape[:2] != shape else None
+    if _one_a_row(segments, real) and (other is not None or not BORDERS & batch.keys()):
+        return None
+    if other is not None:
         raise ValueError(
             f"rows of {shape[1]} tokens hold {len(segments)} examples, and labels of shape "
-            f"{tuple(labels.shape)} cannot be divided among them: {WAY_OUT}"
+            f"{tuple(other.shape)} cannot be divided among them: {WAY_OUT}"
         )
     return segments
 
