@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.base_weights import base_weights
 from benchmarks.compiling import compiling
 from benchmarks.scoring import growth_of_scoring, memory_of_scoring, time_of_scoring
+from benchmarks.scoring_text import memory_of_scoring_text, time_of_scoring_text
 from benchmarks.selecting import application, top_k
 from benchmarks.setting import Setting
 from benchmarks.table import BETWEEN_RUNS, Results
@@ -36,6 +37,8 @@ CASES = {
         time_of_scoring,
         memory_of_scoring,
         growth_of_scoring,
+        time_of_scoring_text,
+        memory_of_scoring_text,
         time_of_a_step,
         time_of_peers,
         step_with_default_malloc,

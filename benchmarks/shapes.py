@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """A classifier of known size, and the modules that adapters go to."""
+    """A model of known size, and the modules that adapters go to."""
 
     name: str
     model: Callable[[], Any]
@@ -43,8 +43,15 @@ def _llama(**sizes: Any) -> Callable[[], Any]:
     return lambda: build(config)
 
 
+def _causal(**sizes: Any) -> Callable[[], Any]:
+    config = transformers.LlamaConfig(pad_token_id=0, use_cache=False, **sizes)
+    build: Any = transformers.LlamaForCausalLM  # untyped
+    return lambda: build(config)
+
+
 _QKV = ("query", "key", "value")
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR = (*_QKVO, "gate_proj", "up_proj", "down_proj")
 
 MINILM = Shape(
     "MiniLM-L6",
@@ -71,6 +78,30 @@ TINY = Shape(
     ),
     _QKV,
 )
+
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SMOLLM2 = Shape("SmolLM2-135M", _causal(**_SMOLLM2), _LINEAR)
+_SMALL_CAUSAL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LARGE_VOCABULARY = Shape(
+    "small Llama with a vocabulary of 128,256",
+    _causal(vocab_size=128256, **_SMALL_CAUSAL),
+    _LINEAR,
+)
+TINY_CAUSAL = Shape("tiny Llama", _causal(vocab_size=500, **_SMALL_CAUSAL), _LINEAR)
 
 
 def batch_of(examples: int, tokens: int, device: str, seed: int = 0) -> Batch:

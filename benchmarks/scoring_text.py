@@ -1,0 +1,100 @@
+"""Fisher scores of causal language models beside a plain pass: SmolLM2, and a large vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.contenders import lora
+from benchmarks.measure import peak_memory, take_turns
+from benchmarks.scoring import plain_pass
+from benchmarks.setting import Setting
+from benchmarks.shapes import LARGE_VOCABULARY, SMOLLM2, TINY_CAUSAL, Batch, Shape
+from benchmarks.table import Row, exact, megabytes, timed
+from fish_tuning import calculate_fisher_information
+
+OURS = "one pass"
+FLOOR = "forward and backward"
+
+
+def time_of_scoring_text(setting: Setting) -> Iterator[Row]:
+    """Short and long texts on SmolLM2, LoRA on all linear layers."""
+    shape = TINY_CAUSAL if setting.tiny else SMOLLM2
+    model = _causal(setting, shape).eval()
+    size = 4 if setting.tiny else 8
+    for examples, tokens in ((8, 8), (4, 16)) if setting.tiny else ((128, 64), (32, 256)):
+        batches = texts(setting, examples, size, tokens)
+        rounds = take_turns(
+            {OURS: partial(_scores, model, batches), FLOOR: partial(plain_pass, model, batches)},
+            setting.rounds(3),
+            setting.device,
+            warmup=0,  # A round takes minutes on a processor.
+        )
+        yield timed(
+            f"scoring {examples} texts of {tokens} tokens in batches of {size}, "
+            f"LoRA r={setting.rank} on all linear layers, {shape.name}",
+            rounds,
+            OURS,
+            FLOOR,
+            at_most=1.1,
+            rest="hooks on two modules per linear layer, squares and sums, one example more to "
+            "recognize the loss, and the first batch's comparison with autograd's gradient",
+        )
+
+
+def memory_of_scoring_text(setting: Setting) -> Iterator[Row]:
+    """Peak memory beyond the model: as it is, with gradient checkpointing, a large vocabulary."""
+    shape = TINY_CAUSAL if setting.tiny else SMOLLM2
+    size, tokens = (4, 8) if setting.tiny else (8, 64)
+    model = _causal(setting, shape).eval()
+    batches = texts(setting, 2 * size, size, tokens)
+    case = f"peak memory of scoring, {shape.name}, batch {size} x {tokens}"
+    yield _peaks(setting, case, FLOOR, model, batches)
+
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    step = "forward and backward of a training step with it"
+    yield _peaks(setting, f"{case}, gradient checkpointing", step, model, batches)
+
+    shape = TINY_CAUSAL if setting.tiny else LARGE_VOCABULARY
+    tokens = 16 if setting.tiny else 2048
+    model = _causal(setting, shape).eval()
+    case = f"peak memory of scoring, {shape.name}, batch 1 x {tokens:,}"
+    yield _peaks(setting, case, FLOOR, model, texts(setting, 2, 1, tokens))
+
+
+def texts(setting: Setting, examples: int, size: int, tokens: int) -> list[Batch]:
+    """Batches of texts without padding, whose labels are the texts themselves."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 500, (examples, tokens), generator=generator).to(setting.device)
+    return [{"input_ids": part, "labels": part} for part in ids.split(size)]
+
+
+def _causal(setting: Setting, shape: Shape) -> Any:
+    return lora(shape, setting.rank, setting.device, task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def _scores(model: nn.Module, batches: list[Batch]) -> object:
+    return calculate_fisher_information(model, batches, progress=False)
+
+
+def _peaks(
+    setting: Setting, case: str, against: str, model: nn.Module, batches: list[Batch]
+) -> Row:
+    def peak(run: Callable[[nn.Module, list[Batch]], object]) -> int:
+        return peak_memory(partial(run, model, batches), setting.device)
+
+    plain, ours = peak(plain_pass), peak(_scores)
+    return Row(
+        case,
+        against,
+        f"{megabytes(ours)} against {megabytes(plain)}",
+        exact(ours / plain),
+        at_most=1.1,
+        rest="the sums of the scores, and on the first batch autograd's own gradients",
+    )
