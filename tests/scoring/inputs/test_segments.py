@@ -98,6 +98,7 @@ def test_a_token_at_the_end_of_a_row_may_be_an_example():
     [
         {},
         {"attention_mask": [[1, 1, 1, 1, 1]]},
+        {"attention_mask": [[2, 1, 1, 1, 1]]},
         {"position_ids": [[0, 1, 2, 3, 4]]},
         {"position_ids": [[0, 1, 2, 5, 6]]},
         {"position_ids": [[0, 1, 2, 0, 0]], "attention_mask": [[1, 1, 1, 0, 0]]},

@@ -78,7 +78,7 @@ def _starts(
     """What each entry says about where examples start, and which tokens are not padding."""
     shape = real.shape[0], real.shape[1]
     starts: dict[str, Tensor] = {}
-    if mask is not None and not mask.is_floating_point() and int(mask.max()) > 1:
+    if mask is not None and _numbers_examples(mask):
         starts[MASK] = _changes(mask)
     if (numbers := _by_token(batch, "seq_idx", shape)) is not None:
         real = real & (numbers >= 0)
@@ -118,6 +118,18 @@ def _by_token(batch: Mapping[str, Any], key: str, shape: tuple[int, int]) -> Ten
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != shape[1]:
         return None
     return value.cpu().expand(shape) if len(value) in (1, shape[0]) else None
+
+
+def _numbers_examples(mask: Tensor) -> bool:
+    """Whether a mask is 1 for the first example of a row, 2 for the second, and so on.
+
+    Longformer's masks also have a 2, for tokens that see the whole row.
+    """
+    if mask.is_floating_point() or int(mask.max()) < 2:
+        return False
+    steps = mask.diff(dim=1)
+    counted = ((steps == 0) | (steps == 1) | (mask[:, 1:] == 0)).all()
+    return bool(counted) and bool((mask[:, 0] == 1).all())
 
 
 def _changes(numbers: Tensor) -> Tensor:
