@@ -89,8 +89,8 @@ test-oldest: $(OLDEST)/.installed ## the core on the oldest allowed versions
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n 2 \
 		-k "$(OF_NEWER_TORCH)" $(OLDEST_TESTS:%=tests/%)
 
-# Some 15 minutes on two idle cores; PEFT_SHARE=0.1 runs a tenth of the tests.
-PEFT_SHARE ?= 1
+# Of the tests that run for every method, one in twenty; PEFT_SHARE=1 runs all of them.
+PEFT_SHARE ?= 0.05
 WITH_PEFT_SUITE := $(VENV)/.installed-peft-suite
 $(WITH_PEFT_SUITE): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peft-suite]'

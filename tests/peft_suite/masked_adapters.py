@@ -10,14 +10,16 @@ import collections
 import functools
 import json
 import os
+import time
 import zlib
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-# Tests turn the hub back on, and would wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub.utils._http
 import peft
 import peft.mapping_func
 import pytest
@@ -28,22 +30,32 @@ from fish_tuning import apply_mask, create_mask_from_fisher, get_mask
 
 SEED = 0
 
+# Tests turn the hub back on. Without it, they would wait between attempts.
+huggingface_hub.utils._http.time = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("masked adapters")
     group.addoption("--masked", action="store_true", help="mask half of every adapter")
     group.addoption("--outcomes", help="file that gets a line of JSON for each test")
     group.addoption("--per-tuner", type=int, default=0, help="configs of a tuner kept per test")
-    group.addoption("--share", type=float, default=1.0, help="share of the tests to run")
+    group.addoption(
+        "--share", type=float, default=1.0, help="share of the tests of all tuners to run"
+    )
     group.addoption("--only", help="file with the names of the tests to run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--outcomes") and not hasattr(config, "workerinput"):
+        _outcomes.append(config.getoption("--outcomes"))
     if config.getoption("--masked"):
         peft.get_peft_model = peft.mapping_func.get_peft_model = _masking(peft.get_peft_model)
 
 
+_outcomes: list[str] = []
+"""The file for the outcomes, in the main process."""
 _refusals: list[str] = []
+"""Why models of the current test have no mask."""
 
 
 def _masking(get_peft_model: Any) -> Any:
@@ -78,9 +90,10 @@ def _check_requires_grad(self: Any, model: nn.Module, *expected: str) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the first configs of each tuner for each test, and of all tests an even share.
+    """Keeps the first configs of each tuner for each test, and of these an even share.
 
     The share goes by the tests' names, so that each run and each machine picks the same ones.
+    Tests that do not run for every tuner are all kept.
     """
     per_tuner, share = config.getoption("--per-tuner"), config.getoption("--share")
     only = config.getoption("--only")
@@ -93,15 +106,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 kept.append(item)
             continue
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if per_tuner and (tuner := parameters.get("config_cls")) is not None:
+        if (tuner := parameters.get("config_cls")) is not None:
             model = str(parameters.get("model_id"))
             # Of PEFT's own small modules all, of models from the hub whichever comes first.
             key = item.nodeid.split("[")[0], tuner.__name__, "" if "/" in model else model[:20]
             seen[key] += 1
-            if seen[key] > per_tuner:
+            if per_tuner and seen[key] > per_tuner:
                 continue
-        if zlib.crc32(item.nodeid.encode()) < share * 2**32:
-            kept.append(item)
+            if zlib.crc32(item.nodeid.encode()) >= share * 2**32:
+                continue
+        kept.append(item)
     chosen = set(kept)
     for kind in {getattr(item, "cls", None) for item in kept}:
         if config.getoption("--masked") and hasattr(kind, "check_requires_grad"):
@@ -114,13 +128,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes what the report has to take from a worker to the main process."""
     report = yield
-    path = item.config.getoption("--outcomes")
-    if path and (report.when == "call" or report.outcome != "passed"):
-        error = call.excinfo.exconly() if call.excinfo else ""
-        row = {"test": item.nodeid, "outcome": report.outcome, "error": error[:400]}
-        with open(path, "a") as file:
-            file.write(json.dumps(row | {"refusals": _refusals[:]}) + "\n")
+    error = call.excinfo.exconly()[:400] if call.excinfo else ""
+    vars(report).update(error=error, refusals=_refusals[:])
     if report.when == "call":
         _refusals.clear()
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes outcomes in the main process, which also hears of workers that crash."""
+    if _outcomes and (report.when == "call" or report.outcome != "passed"):
+        row = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "error": getattr(report, "error", str(report.longrepr)[:400]),
+            "refusals": getattr(report, "refusals", []),
+        }
+        with open(_outcomes[0], "a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -46,12 +46,12 @@ LEFT_OUT = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("--share", default="1", help="share of the tests to run")
+    parser.add_argument("--share", default="1", help="share of the tests of all tuners to run")
     parser.add_argument("--per-tuner", default="2", help="configs of a tuner per test")
     parser.add_argument("--processes", default="2")
     parser.add_argument("--outcomes", type=Path, help="folder for the outcomes of each test")
     parser.add_argument("tests", nargs="*", help="files, as in tests/test_loraplus.py; default all")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     _check_version(options.checkout)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -67,11 +67,16 @@ def main() -> int:
 
 def _check_version(checkout: Path) -> None:
     installed = importlib.metadata.version("peft")
-    source = (checkout / "src" / "peft" / "__init__.py").read_text()
-    version = re.search(r'__version__ = "(.*)"', source)
+    source = checkout / "src" / "peft" / "__init__.py"
+    if not source.is_file() or not (checkout / "tests").is_dir():
+        sys.exit(
+            f"error: {checkout} is no checkout of PEFT (it has no src/peft and tests): name one of "
+            f"version {installed}, or an unpacked source distribution"
+        )
+    version = re.search(r'__version__ = "(.*)"', source.read_text())
     if version is None or version[1] != installed:
-        found = version[1] if version else "no version"
-        sys.exit(f"error: {checkout} is PEFT {found}, installed is {installed}")
+        found = version[1] if version else "of no known version"
+        sys.exit(f"error: {checkout} is PEFT {found}, but {installed} is installed")
 
 
 def _prepare(checkout: Path, work: Path) -> None:
@@ -91,13 +96,15 @@ def _run(options: Any, work: Path, outcomes: Path, extra: list[str]) -> list[dic
     command = [sys.executable, "-m", "pytest", "--quiet", "--tb=no", "--no-header", "-rN"]
     # Neither PEFT's coverage nor warnings as errors.
     command += ["-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider"]
-    command += ["-p", "masked_adapters", "--outcomes", str(outcomes.resolve()), "--timeout=120"]
+    command += ["-p", "masked_adapters", "--outcomes", str(outcomes.resolve()), "--timeout=300"]
     command += ["-n", options.processes, "--share", options.share]
     command += ["--per-tuner", options.per_tuner, *extra, *(options.tests or ["tests"])]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": path, "HF_HOME": str(work / "hub"), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run(command, cwd=work, env=os.environ | environment, check=False)
+    done = subprocess.run(command, cwd=work, env=os.environ | environment, check=False)
+    if done.returncode not in (0, 1) or not outcomes.is_file():
+        sys.exit(f"error: pytest ended with {done.returncode}, before all tests had run")
     return [json.loads(line) for line in outcomes.read_text().splitlines()]
 
 
@@ -116,6 +123,8 @@ def _compare(masked: list[dict[str, Any]], plain: list[dict[str, Any]]) -> int:
             counts[reason["reason"]] += 1
     passed = sum(row["outcome"] == "passed" for row in masked)
     print(f"\n{passed + len(worse)} tests pass without a mask, {len(worse)} fail under one alone")
+    refused = sum(row["outcome"] == "passed" and bool(row["refusals"]) for row in masked)
+    print(f"{refused:5d} passed with a model whose adapter cannot be masked")
     for text, count in counts.most_common():
         print(f"{count:5d} allowed: {text}")
     for row in unexplained:
