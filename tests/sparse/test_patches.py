@@ -328,3 +328,41 @@ def test_layers_cast_while_they_compute(how, no_grad):
             for _ in range(2):
                 (first if how == "part" else model)(x).square().sum().backward()
     assert_close(gradients(masked, mask), gradients(plain, mask))
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_another_model_takes_the_layers_over(idle, tmp_path):
+    """Guards against a mask that stops the adapter which another PeftModel put in its place."""
+
+    def taken_over(masked):
+        model = lora_mlp(init_lora_weights=True, target_modules=["first", "last"])
+        if masked:
+            mask = random_mask(model)
+            apply_mask(model, {n: b & ("first" not in n or not idle) for n, b in mask.items()})
+        model.save_pretrained(tmp_path)
+        return model, PeftModel.from_pretrained(model.get_base_model(), tmp_path, is_trainable=True)
+
+    (old, new), (_, plain) = taken_over(True), taken_over(False)
+    for model in (new, plain):
+        train(model)
+    assert_close(adapter_tensors(new), adapter_tensors(plain))
+    assert adapter_tensors(new)["base_model.model.first.lora_B.default.weight"].any()
+    with pytest.raises(RuntimeError, match="no longer fits"):
+        old(inputs())
+
+
+def test_parameters_cast_while_they_compute_are_told(caplog):
+    """Guards against an error about types alone, where the data of parameters is cast by hand."""
+
+    def cast(layer, args):
+        for p in layer.parameters(recurse=False):
+            p.data = p.data.double()
+
+    model = lora_mlp()
+    apply_mask(model, random_mask(model))
+    for layer in model.modules():
+        layer.register_forward_pre_hook(cast)
+    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
+        model(inputs().double())
+    (record,) = caplog.records
+    assert "cast modules, as in layer.to(dtype)" in record.message

@@ -39,6 +39,11 @@ def is_unchanged(root: nn.Module, edges: Iterable[Edge]) -> bool:
     )
 
 
+def are_gone(root: nn.Module, tensors: Iterable[MaskedTensor]) -> bool:
+    """Whether a model has none of the modules that hold these tensors any more."""
+    return not paths_of(root, (place for tensor in tensors for place in tensor.places))
+
+
 def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
     """Name the places of masked tensors as they lie in a model now; return the edges to them."""
     places = [place for tensor in tensors for place in tensor.places]

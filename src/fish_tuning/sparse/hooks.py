@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,8 @@ from fish_tuning.masked_tensors.structure import entrances
 from fish_tuning.sparse.optimizers import check_optimizer
 from fish_tuning.sparse.registry import states
 from fish_tuning.sparse.state import MaskState
+
+logger = logging.getLogger(__name__)
 
 
 def hook_forward(state: MaskState, root: nn.Module) -> None:
@@ -52,7 +56,20 @@ def _before_forward(state: MaskState, module: nn.Module, args: Any) -> None:
 
 @_no_graph_of_its_own
 def _after_forward(state: MaskState, module: nn.Module, args: Any, output: Any) -> None:
+    outermost = not torch.compiler.is_compiling() and state.running == id(module)
+    if outermost and sys.exc_info()[0] is not None:
+        _explain_error(state)
     state.after_forward(module)
+
+
+def _explain_error(state: MaskState) -> None:
+    """Say why types may not fit: casting parameters one by one leaves masked tensors out."""
+    groups = ((tensor.group, tensor.values) for tensor in state.tensors if tensor.is_split)
+    if any(group is not None and values.dtype != group.storage.dtype for group, values in groups):
+        logger.warning(
+            "A forward pass of the masked model failed, in which the .data of parameters was cast: "
+            "cast modules, as in layer.to(dtype), which casts masked tensors too"
+        )
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

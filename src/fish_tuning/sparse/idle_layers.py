@@ -86,9 +86,10 @@ class _IdleLayer:
 
     @property
     def weight(self) -> Any:
-        """The weight of B, or None if the adapter is gone."""
+        """The weight of B, or None if the adapter is gone or another has its name."""
         held = self.layer.lora_B
-        return held[self.adapter].weight if self.adapter in held else None
+        is_ours = self.adapter in held and held[self.adapter] in self.sides
+        return held[self.adapter].weight if is_ours else None
 
     def remove(self) -> None:
         self.restore()

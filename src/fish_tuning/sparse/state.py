@@ -34,7 +34,7 @@ from fish_tuning.masked_tensors.reconcile import (
 )
 from fish_tuning.masked_tensors.sharded import note_shards
 from fish_tuning.masked_tensors.storage import Group, grouped
-from fish_tuning.masked_tensors.structure import Edge, is_unchanged, locate
+from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
 from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View
 from fish_tuning.sparse.calls import is_being_called, untraced
 from fish_tuning.sparse.idle_layers import IdleLayers
@@ -287,6 +287,8 @@ class MaskState:
         root = self.root()
         if not torch.compiler.is_compiling():
             if root is not None and not is_unchanged(root, self.edges):
+                if module is not root and are_gone(root, self.tensors):
+                    return  # Another PeftModel has put its adapter in their place.
                 self._index(root)
             self._take_in(self.tensors)
             self.agree_on_training()
@@ -309,9 +311,8 @@ class MaskState:
             self._end_pass()
             if not torch.compiler.is_compiling():
                 # Constrained OFT projects its weights in its forward pass.
-                for group in self.groups:
-                    if _version(group.storage) != group.version:
-                        reconcile(group)
+                for group in [g for g in self.groups if _version(g.storage) != g.version]:
+                    reconcile(group)
 
     def _end_pass(self) -> None:
         self.running = None
