@@ -693,3 +693,19 @@ def test_interrupted_and_run_again(project):
     [run] = json.loads((project / "out" / "results.json").read_text())["runs"]
     assert run["trainable_params"] == json.loads(mask.read_text())["num_trainable"]
     assert f"{run['trainable_params']:,}" in result.stdout
+
+
+def test_the_package_is_a_command():
+    """Guards `python -m fish_tuning`."""
+    command = [sys.executable, "-m", "fish_tuning", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"fish-tuning {fish_tuning.__version__}\n"
+
+
+def test_shell_completion():
+    """Guards the completion of commands in a shell."""
+    result = invoke("--help")
+    assert "--install-completion" in result.stdout
+    words = {"COMP_WORDS": "fish-tuning in", "COMP_CWORD": "1"}
+    environment = os.environ | words | {"_FISH_TUNING_COMPLETE": "complete_bash"}
+    assert process(env=environment).stdout.split() == ["inspect"]

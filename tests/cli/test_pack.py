@@ -1,11 +1,14 @@
 """fish-tuning pack and unpack."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from fish_tuning import FishMask
+from fish_tuning.cli.pack import _MARK
+from fish_tuning.packing.packed_file import FORMAT
 from tests.cli.running import invoke, listing
 from tests.models import tiny_bert
 from tests.packing.saved_folders import contents, fine_tuned, load_base, new_adapter, trained
@@ -109,3 +112,14 @@ def test_mistakes(folder, monkeypatch, arguments, message):
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stdout == ""
     assert listing(folder) == before
+
+
+def test_a_file_of_another_kind_is_refused_at_once(tmp_path, monkeypatch):
+    """Guards the check before the slow imports, by the mark that packed files have."""
+    assert FORMAT.encode() == _MARK
+    monkeypatch.setitem(sys.modules, "fish_tuning.packing", None)
+    for content in (b"", b"garbage" * 99, b"\xff" * 50):
+        (tmp_path / "file").write_bytes(content)
+        result = invoke("unpack", tmp_path / "file", tmp_path / "folder")
+        assert result.exit_code == 2
+        assert "is not a file that fish-tuning pack wrote" in result.stderr

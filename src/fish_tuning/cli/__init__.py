@@ -17,7 +17,6 @@ main = typer.Typer(
     name="fish-tuning",
     help="Train exactly the k parameters with the most Fisher information, and compare with LoRA.",
     no_args_is_help=True,
-    add_completion=False,
     # A user's mistake is one message (see `user_errors`); other errors need the full traceback.
     pretty_exceptions_enable=False,
 )

@@ -30,6 +30,11 @@ Base = Annotated[
     ),
 ]
 
+_MARK = b"fish_tuning_pack"
+"""The key of a packed file's metadata, in the safetensors header."""
+
+_HEADER_LIMIT = 2**20
+
 _ROW_NAMES = {
     "selected": "selected",
     "constant": "frozen, one constant",
@@ -91,6 +96,7 @@ def unpack(
 ) -> None:
     """Write the folder that was packed, with exactly the same bytes."""
     with user_errors():
+        _check_packed(file)
         quiet_libraries()
 
         from fish_tuning.packing import unpack as unpack_file
@@ -99,6 +105,19 @@ def unpack(
         before = file.stat().st_size
         after = sum(path.stat().st_size for path in folder.iterdir())
         show(f"{folder}: {after:,} bytes from {before:,}")
+
+
+def _check_packed(file: Path) -> None:
+    """Refuse a file of another kind before torch is imported, which takes seconds."""
+    if file.is_file():
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(min(length, _HEADER_LIMIT))
+        if _MARK not in header:
+            raise ValueError(
+                f"{file} cannot be used: it is not a file that fish-tuning pack wrote. Fetch or "
+                "copy it again, or pack the model again."
+            )
 
 
 def _table(report: PackReport) -> Table:

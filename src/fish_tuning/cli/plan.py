@@ -11,7 +11,7 @@ def plan(config_file: ConfigFile, overrides: Overrides = None) -> None:
 
         config = load_config(config_file, overrides or [])
         quiet_libraries()
-        checked = check_experiment(config, to_train=False)
+        checked = check_experiment(config, to_train=False, source=str(config_file))
 
         from fish_tuning.experiments.plan import plan_experiment
 

@@ -96,7 +96,7 @@ def _checked(config_file: Path, overrides: list[str]) -> CheckedExperiment:
 
     config = load_config(config_file, overrides)
     quiet_libraries()
-    return check_experiment(config)
+    return check_experiment(config, source=str(config_file))
 
 
 def _launch(words: list[str], num_processes: int) -> None:

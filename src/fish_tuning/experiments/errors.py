@@ -23,6 +23,10 @@ class ConfigError(ValueError):
         super().__init__(text)
 
 
+class MissingFileError(ConfigError):
+    """A file of the data does not exist, or not here."""
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the error's type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

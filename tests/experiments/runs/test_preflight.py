@@ -119,6 +119,33 @@ def test_local_data_is_handed_on(tmp_path):
     assert planned.data is None and "gone.csv" in planned.data_problem
 
 
+def test_a_plan_does_not_do_without_unreadable_data(tmp_path):
+    """Guards a plan of what `run` then refuses, and advice that only hides the problem."""
+    (tmp_path / "data.csv").write_text("text,label\na b,1\na,b,c,d\n", encoding="utf-8")
+    model = write_bert(tmp_path / "model")
+    for dataset in ({}, {"num_labels": 2}):
+        dataset = {"path": str(tmp_path / "data.csv"), **dataset}
+        config = experiment(model, Path("unused"), tmp_path, dataset=dataset)
+        with pytest.raises(ConfigError, match="line 3: 4 fields where 2") as raised:
+            check_experiment(config, to_train=False)
+        assert len(raised.value.problems) == 1
+    config = experiment(model, tmp_path / "gone.csv", tmp_path)
+    with pytest.raises(ConfigError, match=r"^dataset\.path: there is no file '.*gone\.csv'"):
+        check_experiment(config, to_train=False)
+
+
+def test_problems_name_the_config_file(tmp_path):
+    """Guards several problems against a heading that names no file."""
+    config = experiment(
+        tmp_path / "no",
+        tmp_path / "x.csv",
+        tmp_path,
+        training={"args_override": {"eval_strategy": "evry"}},
+    )
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: 2 problems"):
+        check_experiment(config, source="mine.yaml")
+
+
 def test_the_preflight_needs_no_torch(tmp_path):
     """Guards against slow imports before a mistake is reported."""
     file = write_config(tmp_path)

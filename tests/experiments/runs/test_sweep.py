@@ -13,12 +13,12 @@ from peft import AutoPeftModelForSequenceClassification
 
 from fish_tuning import FishMask
 from fish_tuning.experiments.arms import planned
+from fish_tuning.experiments.config.lock import LOCK_FILE
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.counts import ParameterCounts
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from fish_tuning.experiments.results import read_results
 from fish_tuning.experiments.runs import prepare, training
-from fish_tuning.experiments.runs.record import LOCK_FILE
 from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.runs.records import FEW_ARMS, comparable, weights
 from tests.experiments.tiny_experiment import ALL_ARMS, experiment, write_data, write_llama

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fish_tuning.experiments.config.original_work import take_original_settings
 from fish_tuning.experiments.config.problems import describe
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.config.training_args import DEFAULT_ARGS, rename_old
@@ -48,6 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     raw: dict[str, Any] = {}
     problems = []
     for layer in layers:
+        take_original_settings(layer)
         # Renamed before merging: the layer below may use the new name.
         problems += _rename_in(layer)
         raw = merge(raw, layer)

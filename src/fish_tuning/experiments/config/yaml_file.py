@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fish_tuning.experiments.config.yaml_advice import advice
 from fish_tuning.experiments.errors import ConfigError
 
 _MAX_NODES = 100_000
@@ -116,7 +117,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: {error.problem or error.context}") from None
+        raise ConfigError(f"{source}{line}: {advice(error, text)}") from None
     except RecursionError:
         raise ConfigError(f"{source}: is nested too deeply") from None
     # PyYAML's constructors raise all kinds of errors for a tag on the wrong value, as in !!int "".

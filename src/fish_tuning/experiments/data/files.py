@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from fish_tuning.experiments.config.source import DataSource
-from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.errors import ConfigError, MissingFileError
 
 _FORMATS = {
     ".csv": "csv",
@@ -84,7 +84,9 @@ def read_file(file: Path, config: DataSource) -> Dataset:
             return _read_delimited(file, kind, config)
         return _from_rows(_read_json(file, lines=kind == "jsonl"), file)
     except FileNotFoundError:
-        raise ConfigError(f"dataset.path: there is no file {str(file)!r}; check the path") from None
+        raise MissingFileError(
+            f"dataset.path: there is no file {str(file)!r}; check the path"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"dataset.path: {str(file)!r} is a folder; name a file") from None
     except UnicodeDecodeError as error:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_tuning.experiments.config.load import check_output_dir
+from fish_tuning.experiments.config.lock import check_unlocked
 from fish_tuning.experiments.config.schema import ExperimentConfig
-from fish_tuning.experiments.errors import ConfigError
+from fish_tuning.experiments.config.surroundings import check_hub_dataset, check_trackers
+from fish_tuning.experiments.errors import ConfigError, MissingFileError
 from fish_tuning.experiments.metrics.names import CAUSAL_LM
 from fish_tuning.experiments.models.find import check_model, check_quantization
 
@@ -29,7 +33,7 @@ class CheckedExperiment:
         config: The experiment's config.
         data: The examples; None if they have not been read. To train, local files have been read;
             for a plan, whatever has to be read to learn the number of labels.
-        data_problem: What is wrong with local files that a plan can do without.
+        data_problem: Which local file is missing, of those that a plan can do without.
     """
 
     config: ExperimentConfig
@@ -37,7 +41,9 @@ class CheckedExperiment:
     data_problem: str = ""
 
 
-def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> CheckedExperiment:
+def check_experiment(
+    config: ExperimentConfig, *, to_train: bool = True, source: str | None = None
+) -> CheckedExperiment:
     """Check an experiment, and read its data if the files are local.
 
     Args:
@@ -45,6 +51,7 @@ def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> Chec
         to_train: Whether to check also what only training needs: weights, an output folder,
             bitsandbytes, and data without mistakes. A plan needs data only to learn the number of
             labels.
+        source: The config file, for messages.
 
     Raises:
         ConfigError: With every problem found. Data is read only if there is no other problem.
@@ -54,6 +61,9 @@ def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> Chec
     if to_train:
         with _collected(problems):
             check_output_dir(config.training.output_dir)
+            # Of several processes that train together, one holds the lock.
+            if int(os.environ.get("RANK", 0)) == 0:
+                check_unlocked(Path(config.training.output_dir))
         with _collected(problems):
             check_quantization(config.model)
         with _collected(problems):
@@ -61,10 +71,15 @@ def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> Chec
     with _collected(problems):
         check_training_args(config)
     with _collected(problems):
+        check_trackers(config, installed=to_train)
+    labels_known = config.dataset.known_num_labels is not None
+    with _collected(problems):
+        if to_train or not labels_known:
+            check_hub_dataset(config.dataset)
+    with _collected(problems):
         check_model(config.model, weights=to_train)
     if problems:
-        raise ConfigError(problems)
-    labels_known = config.dataset.known_num_labels is not None
+        raise ConfigError(problems, source if len(problems) > 1 else None)
     if config.dataset.path is None and (to_train or labels_known):
         return CheckedExperiment(config, None)
 
@@ -72,12 +87,9 @@ def check_experiment(config: ExperimentConfig, *, to_train: bool = True) -> Chec
 
     try:
         return CheckedExperiment(config, read_data(config))
-    except ConfigError as error:
-        if to_train:
+    except MissingFileError as error:
+        if to_train or not labels_known:
             raise
-        if not labels_known:
-            hint = "dataset.num_labels: is not given; with it, no data is needed"
-            raise ConfigError([*error.problems, hint]) from error
         return CheckedExperiment(config, None, str(error))
 
 

@@ -1,15 +1,13 @@
-"""What runs leave on disk: the output folder and its lock, each run's folder and record."""
+"""What runs leave on disk: each run's folder and record."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.errors import ConfigError
@@ -21,29 +19,6 @@ from fish_tuning.experiments.runs.prepare import PreparedExperiment
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
 SELECTION_FOLDER = "selection"
-LOCK_FILE = ".lock"
-
-
-@contextlib.contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Keep other sweeps out of a folder. The system frees the lock if the process is killed.
-
-    Raises:
-        ConfigError: Another process holds the lock.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"training.output_dir: another process is running an experiment in "
-            f"{str(output_dir)!r}; wait for it, or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def run_folder(output_dir: Path, arm: Arm) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fish_tuning.experiments.arms import Arm, ArmKey, planned, searched
+from fish_tuning.experiments.config.lock import locked
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics.names import metric_key
@@ -21,7 +22,6 @@ from fish_tuning.experiments.runs.prepare import PreparedExperiment, prepare
 from fish_tuning.experiments.runs.record import (
     discard_temporary,
     finished_ids,
-    locked,
     recorded_runs,
     run_folder,
 )

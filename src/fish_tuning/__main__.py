@@ -1,0 +1,5 @@
+"""`python -m fish_tuning`, for when the command is not on the path."""
+
+from fish_tuning.cli import main
+
+main(prog_name="fish-tuning")
