@@ -57,4 +57,4 @@ def float32_rtol(
 
 def zero_in_theory(name: str) -> bool:
     """Whether the gradient is 0 except for rounding: softmax ignores an attention key's bias."""
-    return name.endswith(("key.bias", "k_proj.bias", "key.base_layer.bias"))
+    return name.endswith(("key.bias", "k_proj.bias", "key_proj.bias", "key.base_layer.bias"))

@@ -415,8 +415,8 @@ def test_no_labels_at_all_are_refused():
 @pytest.mark.parametrize(
     ("build", "named"),
     [
-        (tiny_bert, r"no labels \(keys: input_ids, attention_mask\): name the column 'labels'"),
-        (tiny_llama, r"no labels \(keys: input_ids, attention_mask\): name the column 'labels'"),
+        (tiny_bert, r"no labels \(input_ids: .*, attention_mask: .*\): name the column 'labels'"),
+        (tiny_llama, r"no labels \(input_ids: .*, attention_mask: .*\): name the column 'labels'"),
     ],
 )
 def test_missing_labels_are_refused(build, named):
@@ -431,9 +431,9 @@ def test_missing_labels_are_refused(build, named):
 
 def test_sequences_without_labels_are_refused(x):
     """Guards the same for unnamed batches."""
-    with pytest.raises(ValueError, match=r"no labels \(keys: 1 unnamed items\)"):
+    with pytest.raises(ValueError, match=r"no labels \(\(9, 4\)\)"):
         scored(linear(2), [x])
-    with pytest.raises(ValueError, match=r"no labels \(keys: 1 unnamed items\)"):
+    with pytest.raises(ValueError, match=r"no labels \(\(9, 4\)\)"):
         scored(linear(2), [[x]])
 
 

@@ -76,9 +76,9 @@ def mean_over_examples(
         for own, batch in batches:
             batch, most_tokens = unpack(objective.read(batch))
             batch = _first(objective.forward.on_device(batch), num_samples, count)
-            if scorer is None and objective.has_label(batch):
-                scorer = BatchScorer(objective, sums, batch)
             numbers = range(count, count + batch_size(batch))
+            if scorer is None and objective.has_label(batch):
+                scorer = BatchScorer(objective, sums, batch, numbers)
             if scorer is not None and own:
                 for part, of_part in _parts(batch, numbers, objective, on_cpu, most_tokens):
                     scorer.add(part, of_part)

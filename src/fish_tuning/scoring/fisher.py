@@ -224,6 +224,8 @@ def _report_zeros(scores: Mapping[str, Tensor]) -> None:
     zeros = [name for name, score in scores.items() if not score.any()]
     if not zeros:
         return
+    if len(zeros) == len(scores):
+        raise ValueError(_all_zero(scores))
     logger.warning(
         "All scores are 0 for %d of %d tensors: %s. No gradient of the loss reached them. The "
         "usual reason is LoRA's start: while B = 0, the gradient of A is 0. In that case score "
@@ -232,4 +234,20 @@ def _report_zeros(scores: Mapping[str, Tensor]) -> None:
         len(zeros),
         len(scores),
         ", ".join(zeros),
+    )
+
+
+def _all_zero(scores: Mapping[str, Tensor]) -> str:
+    sides = {side_of(name) for name in scores}
+    if len(sides) == 1 and "" not in sides:
+        return (
+            f"every score is 0: of LoRA only {sides.pop()} is trainable, and its gradient is 0 "
+            "while the other side is 0. Make both trainable and use score_with_perturbed_b, or "
+            "start from a B that is not 0 (PiSSA, OLoRA)"
+        )
+    return (
+        "every score is 0: no gradient reaches what is trainable. Likely causes: the loss of a "
+        "single example is constant (a contrastive loss needs others), the loss is computed from "
+        "detached outputs, it is saturated (half precision underflows), or the adapter is "
+        "disabled or not part of the forward pass"
     )

@@ -1,27 +1,42 @@
 """The losses whose gradients are scored: a batch -> one value per example."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.config import Estimator, TokenReduction
-from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch, OneExample, batch_size, take
+from fish_tuning.scoring.inputs.batches import (
+    IGNORED,
+    Batch,
+    OneExample,
+    batch_size,
+    described,
+    take,
+)
 from fish_tuning.scoring.inputs.forward import Forward
+from fish_tuning.scoring.inputs.labels import (
+    has_classes,
+    is_usual,
+    kind_of,
+    labels_of,
+    most_labeled,
+    predicted_from_text,
+)
 from fish_tuning.scoring.inputs.outputs import logits_of, loss_of
 from fish_tuning.scoring.inputs.padding import without_padding
-from fish_tuning.scoring.likelihood import (
-    LIKELIHOODS,
+from fish_tuning.scoring.losses.checks import check_finite, check_independent, scalar
+from fish_tuning.scoring.losses.likelihood import (
     Likelihood,
-    Regression,
+    SingleLabel,
     Tokens,
     check_classes,
     generator_of,
 )
-from fish_tuning.scoring.own_loss import OwnLoss
+from fish_tuning.scoring.losses.own_loss import OwnLoss
+from fish_tuning.scoring.losses.recognition import adds_up, explains, fitting, rounding
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
@@ -38,6 +53,10 @@ class ExampleLoss:
     """
 
     function: Callable[[Any], Tensor]
+
+
+class OwnLossError(Exception):
+    """A batch shows that the model's own loss is not the likelihood that one example suggested."""
 
 
 class Objective:
@@ -88,6 +107,8 @@ class Objective:
         self._estimator, self._label_samples, self._seed = estimator, label_samples, seed
         self._reduction, self._loss_fn = token_reduction, loss_fn
         self._likelihood: Likelihood | None = None
+        self._alone: tuple[int, float] | None = None
+        self._checked: set[frozenset[str]] = set()
 
     @property
     def one_at_a_time(self) -> bool:
@@ -119,16 +140,22 @@ class Objective:
         """
         if self._loss_fn is not None:
             return True
-        labels = _labels_of(batch)
-        return not _has_token_labels(labels) or bool((labels != IGNORED).any())
+        labels = labels_of(batch)
+        return not has_classes(labels) or bool((labels != IGNORED).any())
 
-    def recognize(self, batch: Batch) -> None:
+    def recognize(self, batch: Batch, numbers: Sequence[int]) -> None:
         """Calls the model with one example and finds out how its loss is computed.
+
+        What this example suggests is compared with the loss of whole batches later.
+
+        Args:
+            batch: A batch with a label.
+            numbers: The numbers of its examples in the calibration set.
 
         Raises:
             ValueError: The outputs and the batch give no loss.
         """
-        position = _most_labeled(batch)
+        position = most_labeled(batch)
         one = take(batch, slice(position, position + 1))
         try:
             outputs = self.forward(one, with_labels=self._loss_fn is None)
@@ -137,39 +164,74 @@ class Objective:
             raise
         if self._loss_fn is not None:
             return
-        own = loss_of(outputs)
-        logits = logits_of(outputs)
-        labels = _labels_of(one)
+        own, logits, labels = loss_of(outputs), logits_of(outputs), labels_of(one)
         if labels is None and own is None:
-            keys = ", ".join(one) if isinstance(one, Mapping) else f"{len(one)} unnamed items"
             raise ValueError(
-                f"the calibration batches have no labels (keys: {keys}): name the column 'labels', "
-                "or pass a loss_fn(outputs, batch)"
+                f"the calibration batches have no labels ({described(batch)}): name the column "
+                "'labels', or pass a loss_fn(outputs, batch)"
             )
         if own is not None:
-            _check_finite(own.reshape(1), [position])
+            own = scalar(own)
+            check_finite(own.reshape(1), [numbers[position]])
         shapes = _shape(logits), _shape(labels)
-        fitting: list[Likelihood] = []
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
-            fitting = [kind for kind in LIKELIHOODS if kind.fits(logits, labels)]
+            self.forward.leave_labels_out_only_if_equal(one, logits)
+            self._alone = None if own is None else (numbers[position], float(own.detach()))
+            kinds = fitting(logits, labels, own, labels_of(batch))
             if own is not None:
-                comparison = OwnLoss(own, logits, labels, fitting)
+                comparison = OwnLoss(own, logits, labels, kinds)
                 del outputs, logits
-                fitting = comparison.agreeing()
-            elif logits.shape[-1] == 1 and Regression() in fitting:
-                # transformers also treats a single output as regression.
-                fitting = [Regression()]
-        if not fitting:
+                kinds = comparison.agreeing()
+            if kinds and isinstance(kinds[0], Tokens):
+                kinds = [replace(kinds[0], reduction=self._reduction)]
+            self._likelihood = kinds[0] if kinds else None
+        if self._likelihood is None:
             self._check_own_loss(own, *shapes)
+
+    def check_batch(self, batch: Batch, numbers: Sequence[int]) -> None:
+        """Compares the recognized loss of a batch that is scored one by one with the model's own.
+
+        Raises:
+            OwnLossError: The batch has another loss.
+            ValueError: The loss of an example changes with the batch that it is in.
+        """
+        if self._likelihood is not None and len(numbers) > 1 and self._is_worth_checking(batch):
+            with torch.no_grad():
+                outputs = self.forward(batch, with_labels=True)
+            self._check_likelihood(self._likelihood, batch, numbers, outputs)
+
+    def check_together(self, batch: Batch, losses: Sequence[Tensor]) -> None:
+        """Compares losses of single examples with the loss that their batch has as a whole.
+
+        Args:
+            batch: The batch.
+            losses: The loss of each example, taken alone.
+
+        Raises:
+            ValueError: They do not add up: no example has a loss of its own.
+        """
+        if self.by_example or len(losses) < 2 or not self._is_worth_checking(batch):
             return
-        kind = fitting[0]
-        if isinstance(kind, Tokens):
-            kind = replace(kind, reduction=self._reduction)
-        self._likelihood = kind
+        with torch.no_grad():
+            own = loss_of(self.forward(batch, with_labels=True))
+        if own is None:
+            return
+        together, alone = own.mean(), torch.stack([loss.detach().reshape(()) for loss in losses])
+        labels = labels_of(batch)
+        if not adds_up(alone.to(together), labels, together, rounding(self.forward.base)):
+            raise ValueError(
+                f"the model's loss of {len(losses)} examples is {float(together):.6g}, and their "
+                f"own losses, {float(alone.mean()):.6g} on average, do not add up to it: it "
+                "compares or weighs the examples of a batch (class weights, a router's balance, "
+                "in-batch negatives), so that no example has a loss of its own. Leave that term "
+                "out (output_router_logits=False), or pass a loss_fn(outputs, batch) with one loss "
+                "per example"
+            )
+        self._checked.add(kind_of(batch))
 
     def _check_labels(self, one: Batch) -> None:
         """Says so if the model failed because a label is not one of its classes."""
-        labels = _labels_of(one)
+        labels = labels_of(one)
         if self._loss_fn is None and isinstance(labels, Tensor) and not labels.is_floating_point():
             logits = logits_of(self.forward(one, with_labels=False))
             if isinstance(logits, Tensor):
@@ -199,7 +261,7 @@ class Objective:
         """
         losses = self._losses(batch, numbers)
         for loss in losses:
-            _check_finite(loss, numbers)
+            check_finite(loss, numbers)
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss does not depend on any trainable parameter: set requires_grad on "
@@ -208,34 +270,90 @@ class Objective:
         return losses
 
     def _losses(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
+        """The losses of a batch, before they are checked.
+
+        Raises:
+            OwnLossError: The batch has another loss than the recognized one.
+        """
         if isinstance(self._loss_fn, ExampleLoss):
             assert isinstance(batch, OneExample)
             return [self._loss_fn.function(batch.inputs).reshape(1)]
-        size = batch_size(batch)
         if self._loss_fn is not None:
-            loss = self._loss_fn(self.forward(batch, with_labels=False), batch)
-            if _shape(loss) != (size,):
-                raise ValueError(
-                    f"loss_fn returned {_shape(loss)} for {size} examples: one loss per example, "
-                    f"shape ({size},), is needed (reduction='none')"
-                )
-            return [loss]
+            return [self._losses_of_caller(self._loss_fn, batch)]
         batch = without_padding(batch)
         if self._likelihood is None:
-            return [self._own_loss(batch).reshape(1)]
-        logits = logits_of(self.forward(batch, with_labels=False))
-        labels = _labels_of(batch)
+            own = loss_of(self.forward(batch, with_labels=True))
+            if own is None:
+                raise ValueError("the model returns a loss for some examples only")
+            return [scalar(own).reshape(1)]
+        checking = self._is_worth_checking(batch)
+        outputs = self.forward(batch, with_labels=checking)
+        logits, labels = logits_of(outputs), labels_of(batch)
+        if checking:
+            self._check_likelihood(self._likelihood, batch, numbers, outputs)
+        del outputs  # With the graph of the model's own loss.
         if isinstance(self._likelihood, Tokens) and self._likelihood.shifted:
-            labels = _predicted_from_text(labels, batch)
+            labels = predicted_from_text(labels, batch)
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
         return self._expected(self._likelihood, logits, labels, numbers)
 
-    def _own_loss(self, batch: Batch) -> Tensor:
-        loss = loss_of(self.forward(batch, with_labels=True))
-        if loss is None:
-            raise ValueError("the model returned a loss for the first example, but not for others")
+    def _losses_of_caller(self, loss_fn: LossFunction, batch: Batch) -> Tensor:
+        size = batch_size(batch)
+        outputs = self.forward(batch, with_labels=False)
+        loss = loss_fn(outputs, batch)
+        if _shape(loss) != (size,):
+            raise ValueError(
+                f"loss_fn returned {_shape(loss)} for {size} examples: one loss per example, "
+                f"shape ({size},), is needed (reduction='none')"
+            )
+        if size > 1 and not self._checked:
+            check_independent(loss, logits_of(outputs))
+            self._checked.add(kind_of(batch))
         return loss
+
+    def _is_worth_checking(self, batch: Batch) -> bool:
+        """Whether to compare with the model's own loss: on every kind of batch once.
+
+        Where every example has one label, this costs next to nothing and is always done: a set
+        that is sorted by class shows the weights of classes late.
+        """
+        labels = labels_of(batch)
+        if not isinstance(labels, Tensor) or labels.dim() < 2 or not is_usual(batch):
+            return True
+        return batch_size(batch) > 1 and kind_of(batch) not in self._checked
+
+    def _check_likelihood(
+        self, likelihood: Likelihood, batch: Batch, numbers: Sequence[int], outputs: Any
+    ) -> None:
+        """Compares the recognized loss with the model's own of a batch, and of one example alone.
+
+        Raises:
+            OwnLossError: The batch has another loss.
+            ValueError: The loss of an example changes with the batch that it is in.
+        """
+        own, logits, labels = loss_of(outputs), logits_of(outputs), labels_of(batch)
+        if own is None or bool(torch.isnan(own).any()):
+            pass  # Nothing to compare with: no example has a label.
+        elif not explains(likelihood, logits, labels, own.mean()):
+            self._likelihood = None
+            self._check_own_loss(own, _shape(logits), _shape(labels))
+            raise OwnLossError("the model's own loss is not one of the known per-example losses")
+        if self._alone is not None and self._alone[0] in numbers and len(numbers) > 1:
+            number, alone = self._alone
+            with torch.no_grad():
+                within = likelihood.losses(logits, labels)[list(numbers).index(number)]
+            self._check_alone(number, alone, float(within))
+        if len(numbers) > 1:
+            self._checked.add(kind_of(batch))
+
+    def _check_alone(self, number: int, alone: float, within: float) -> None:
+        if abs(alone - within) > max(1e-2, rounding(self.forward.base)) * abs(alone) + 1e-4:
+            raise ValueError(
+                f"calibration example {number} has the loss {alone:.6g} alone and {within:.6g} "
+                "within its batch: the model mixes the examples of a batch, or an entry of the "
+                "batch is not divided by example: use batches of one example (batch_size=1)"
+            )
 
     def _expected(
         self, likelihood: Likelihood, logits: Tensor, labels: Tensor, numbers: Sequence[int]
@@ -243,6 +361,9 @@ class Objective:
         """Losses whose sum of |gradient|^power is its expectation over labels, or estimates it."""
         if self._label_samples is None:
             exact = likelihood.expectation(logits, self.power)
+            if exact is not None and isinstance(likelihood, SingleLabel):
+                labeled = likelihood.counts(logits, labels)
+                return [labeled * loss for loss in exact]
             if exact is not None:
                 return exact
         draws = self._label_samples or 1
@@ -264,45 +385,5 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
-def _labels_of(batch: Batch) -> Any:
-    if isinstance(batch, Mapping):
-        return batch.get(LABELS)
-    return batch[1] if len(batch) > 1 else None
-
-
-def _has_token_labels(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 1
-
-
-def _most_labeled(batch: Batch) -> int:
-    """The example with the most labels; one without labels has no loss to compare."""
-    labels = _labels_of(batch)
-    if not _has_token_labels(labels):
-        return 0
-    return int((labels != IGNORED).flatten(1).sum(1).argmax())
-
-
-def _predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
-    """The labels without that of the first token after padding on the left.
-
-    Nothing predicts the first token of an unpadded example, so padding must not either.
-    """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
-        return labels
-    return labels.masked_fill(F.pad(mask[:, :-1], (1, 0), value=1) == 0, IGNORED)
-
-
 def _shape(value: Any) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_finite(losses: Tensor, numbers: Sequence[int]) -> None:
-    losses = losses.detach()
-    bad = (~torch.isfinite(losses)).nonzero()
-    if len(bad):
-        i = int(bad[0])
-        raise ValueError(
-            f"the loss of calibration example {numbers[i]} is {float(losses[i])}: look at its "
-            "inputs and labels, and at the model's weights (half precision overflows easily)"
-        )

@@ -13,7 +13,7 @@ from fish_tuning.per_example.memory import is_out_of_memory
 from fish_tuning.per_example.sources import OnePassError
 from fish_tuning.per_example.sums import GradientSums, Progress
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
-from fish_tuning.scoring.objective import Objective
+from fish_tuning.scoring.objective import Objective, OwnLossError
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,13 @@ class BatchScorer:
         objective: The losses whose gradients are scored.
         sums: Where to add the gradients.
         batch: A batch with a label.
+        numbers: The numbers of its examples in the calibration set.
     """
 
-    def __init__(self, objective: Objective, sums: GradientSums, batch: Batch) -> None:
-        self._scorer = _scorer_for(objective, sums, batch)
+    def __init__(
+        self, objective: Objective, sums: GradientSums, batch: Batch, numbers: Sequence[int]
+    ) -> None:
+        self._scorer = _scorer_for(objective, sums, batch, numbers)
         self._divisible = objective.divisible
         self._most: float = float("inf")
 
@@ -79,6 +82,8 @@ class BatchScorer:
         while True:
             try:
                 return self._scorer.add(batch, numbers, progress)
+            except OwnLossError as error:
+                self._scorer = self._scorer.with_own_loss(error)
             except OnePassError as error:
                 assert isinstance(self._scorer, OnePass)
                 self._scorer = self._scorer.after(error)
@@ -111,6 +116,10 @@ class OnePass:
             return self
         return _one_by_one(self._objective, self._sums, error)
 
+    def with_own_loss(self, error: OwnLossError) -> OneByOne:
+        """The scorer to continue with if only the model knows its loss."""
+        return _one_by_one(self._objective, self._sums, error)
+
 
 class OneByOne:
     """One backward pass per example: right for every model, and slower.
@@ -126,8 +135,14 @@ class OneByOne:
     def add(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> None:
         """Adds what the sums do not have yet, and records it in `progress`."""
         parameters = self._sums.parameters
+        self._objective.check_batch(batch, numbers)
+        alone = []
         for i, number in enumerate(numbers):
-            losses = self._objective(take(batch, slice(i, i + 1)), [number])
+            one = take(batch, slice(i, i + 1))
+            if not self._objective.by_example and not self._objective.has_label(one):
+                continue  # The model's own loss would be NaN.
+            losses = self._objective(one, [number])
+            alone.append(losses[0].detach())
             for j, loss in enumerate(losses):
                 gradients = torch.autograd.grad(
                     loss.sum(),
@@ -143,21 +158,28 @@ class OneByOne:
                         dtype = self._sums.totals[name].dtype
                         self._sums.add(name, gradient.to(dtype, copy=True).unsqueeze(0))
                         done[name] = i + 1
+        self._objective.check_together(batch, alone)
+
+    def with_own_loss(self, error: OwnLossError) -> OneByOne:
+        """The scorer to continue with if only the model knows its loss."""
+        return self
 
 
-def _scorer_for(objective: Objective, sums: GradientSums, batch: Batch) -> OnePass | OneByOne:
+def _scorer_for(
+    objective: Objective, sums: GradientSums, batch: Batch, numbers: Sequence[int]
+) -> OnePass | OneByOne:
     """Recognizes the loss of one example, and chooses the scorer."""
     if objective.one_at_a_time:
         return OneByOne(objective, sums)
     try:
         gradients = PerExampleGradients(objective.forward.model, sums)
     except OnePassError as error:
-        objective.recognize(batch)
+        objective.recognize(batch, numbers)
         return _one_by_one(objective, sums, error)
     while True:
         try:
             with gradients.checking_batch_axis():
-                objective.recognize(batch)
+                objective.recognize(batch, numbers)
             break
         except OnePassError as error:
             if not gradients.recompute(error):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_tuning.scoring.likelihood import SingleLabel, Tokens
-from fish_tuning.scoring.own_loss import DIRECTIONS, OwnLoss
+from fish_tuning.scoring.losses.likelihood import SingleLabel, Tokens
+from fish_tuning.scoring.losses.own_loss import DIRECTIONS, OwnLoss
 
 KINDS = [Tokens(shifted=False), Tokens(shifted=True)]
 CLASSES = [DIRECTIONS - 1, 40 * DIRECTIONS]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fish_tuning.config import TokenReduction
 from fish_tuning.scoring.inputs.batches import IGNORED
-from fish_tuning.scoring.token_losses import labeled_chunks, precise, token_losses
+from fish_tuning.scoring.losses.token_losses import labeled_chunks, precise, token_losses
 
 
 class Likelihood(Protocol):
@@ -28,6 +28,10 @@ class Likelihood(Protocol):
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The negative log-likelihood of each example, shape (b,)."""
+        ...
+
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How many labels each example has that are part of the likelihood, shape (b,)."""
         ...
 
     def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
@@ -44,7 +48,7 @@ class Likelihood(Protocol):
 
 @dataclass(frozen=True)
 class SingleLabel:
-    """One class per example: logits (b, C), integer labels (b,)."""
+    """One class per example: logits (b, C), integer labels (b,), -100 where there is none."""
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         return (
@@ -58,6 +62,9 @@ class SingleLabel:
         check_classes(logits, labels)
         return F.cross_entropy(precise(logits), labels.long(), reduction="none")
 
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (labels != IGNORED).to(_precise_type(logits))
+
     def expectation(self, logits: Tensor, power: int) -> list[Tensor]:
         """Every class in turn, weighted by its probability: sum_c p_c |grad log p_c|^power."""
         log_p = F.log_softmax(precise(logits), -1)
@@ -66,7 +73,7 @@ class SingleLabel:
 
     def draw(self, logits: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         uniform = torch.stack([torch.rand((), generator=g) for g in generators])
-        return _inverse_cdf(logits, uniform)
+        return torch.where(labels == IGNORED, IGNORED, _inverse_cdf(logits, uniform))
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,9 @@ class Tokens:
             return losses
         return losses / (labels != IGNORED).sum(1).clamp(min=1)
 
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (self._aligned(logits, labels) != IGNORED).sum(1).to(_precise_type(logits))
+
     def expectation(self, logits: Tensor, power: int) -> None:
         return None
 
@@ -141,6 +151,9 @@ class Regression:
         logits = precise(logits)
         return (logits - labels.reshape(logits.shape).to(logits.dtype)).square().mean(1)
 
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.ones(len(logits), dtype=_precise_type(logits), device=logits.device)
+
     def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
         """E_y (2 / C sum_c (f_c - y_c) grad f_c)^2 = 2 / C sum_c (grad f_c)^2."""
         if power != 2:
@@ -167,6 +180,9 @@ class MultiLabel:
         logits = precise(logits)
         labels = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+    def counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.ones(len(logits), dtype=_precise_type(logits), device=logits.device)
 
     def expectation(self, logits: Tensor, power: int) -> list[Tensor] | None:
         """E_y (1 / C sum_c (p_c - y_c) grad f_c)^2 = 1 / C^2 sum_c p_c (1 - p_c) (grad f_c)^2."""
@@ -213,6 +229,10 @@ def generator_of(seed: int, example: int, draw: int) -> torch.Generator:
     """The random numbers for the labels of one example, the same in any batch."""
     digest = blake2b(f"{seed}/{example}/{draw}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _precise_type(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:

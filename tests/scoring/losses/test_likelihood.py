@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fish_tuning.scoring.likelihood import (
+from fish_tuning.scoring.losses.likelihood import (
     IGNORED,
     LIKELIHOODS,
     MultiLabel,

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_tuning.scoring import token_losses as module
-from fish_tuning.scoring.token_losses import token_losses
+from fish_tuning.scoring.losses import token_losses as module
+from fish_tuning.scoring.losses.token_losses import token_losses
 
 IGNORED = -100
 N, CLASSES = 23, 7

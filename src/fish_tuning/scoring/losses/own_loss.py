@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fish_tuning.scoring.likelihood import Likelihood
+from fish_tuning.scoring.losses.likelihood import Likelihood
 
 DIRECTIONS = 8
 """Number of random directions on which large gradients are compared."""
@@ -44,7 +44,7 @@ class OwnLoss:
                 continue
             gradient = None
             if differentiable:
-                gradient = _projected(torch.autograd.grad(known, leaf)[0])
+                gradient = projected(torch.autograd.grad(known, leaf)[0])
             self._candidates.append((distance, kind, gradient))
 
     def agreeing(self) -> list[Likelihood]:
@@ -53,7 +53,7 @@ class OwnLoss:
         if self._logits is not None and self._candidates:
             # None if the loss is not computed from these logits.
             (own,) = torch.autograd.grad(self._loss, self._logits, allow_unused=True)
-            own = None if own is None else _projected(own)
+            own = None if own is None else projected(own)
         # The tolerance of half precision may admit two likelihoods. The sort is stable.
         by_distance = sorted(self._candidates, key=lambda candidate: candidate[0])
         return [kind for _, kind, known in by_distance if self._equal(known, own)]
@@ -64,7 +64,7 @@ class OwnLoss:
         return bool((known - own).norm() <= self._tolerance * known.norm() + 1e-6)
 
 
-def _projected(gradient: Tensor) -> Tensor:
+def projected(gradient: Tensor) -> Tensor:
     """A gradient (..., C) on a few random directions: all norms stay about the same.
 
     This is the Johnson-Lindenstrauss lemma: for normal directions r, the mean of (r^T g)^2 over

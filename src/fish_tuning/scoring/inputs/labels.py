@@ -1,0 +1,56 @@
+"""The labels of a batch: where they are, and which examples have any."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
+
+
+def labels_of(batch: Batch) -> Any:
+    """The labels: the entry of that name, or the second item of a pair."""
+    if isinstance(batch, Mapping):
+        return batch.get(LABELS)
+    return batch[1] if len(batch) > 1 else None
+
+
+def has_classes(labels: Any) -> bool:
+    """Whether labels are classes, some of which may be ignored."""
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 0
+
+
+def most_labeled(batch: Batch) -> int:
+    """The example with the most labels; one without labels has no loss to compare."""
+    labels = labels_of(batch)
+    if not has_classes(labels):
+        return 0
+    return int((labels != IGNORED).reshape(len(labels), -1).sum(1).argmax())
+
+
+_USUAL = {LABELS, "input_ids", "attention_mask", "token_type_ids", "position_ids"} | {
+    "decoder_input_ids",
+    "decoder_attention_mask",
+}
+
+
+def is_usual(batch: Batch) -> bool:
+    """Whether no entry of a batch can be a weight, or what else changes the loss."""
+    return isinstance(batch, Mapping) and batch.keys() <= _USUAL
+
+
+def kind_of(batch: Batch) -> frozenset[str]:
+    """The names of a batch's entries: batches of one kind have one kind of loss."""
+    return frozenset(batch) if isinstance(batch, Mapping) else frozenset()
+
+
+def predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
+    """The labels without that of the first token after padding on the left.
+
+    Nothing predicts the first token of an unpadded example, so padding must not either.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return labels
+    return labels.masked_fill(F.pad(mask[:, :-1], (1, 0), value=1) == 0, IGNORED)
