@@ -14,6 +14,7 @@ from fish_tuning.from_trainer.loss import loss_of_example, trains_on_model_loss
 from fish_tuning.from_trainer.optimizers import follow_mask, parameter_names
 from fish_tuning.from_trainer.undisturbed import undisturbed
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.scoring.fisher import ZeroScoresError
 from fish_tuning.scoring.objective import ExampleLoss
 from fish_tuning.sparse.apply import is_masked
 
@@ -59,9 +60,10 @@ def mask_trainer(
     """
     config = FishConfig(keep_ratio=0.5) if config is None else config
     _check(trainer, config)
-    mask, scores = score_trainer(trainer, config, progress)
-    if scores is not None and not any(score.any() for score in scores.values()):
-        raise ValueError(_no_gradient(trainer))
+    try:
+        mask, _ = score_trainer(trainer, config, progress)
+    except ZeroScoresError as error:
+        raise ValueError(_no_gradient(trainer)) from error
     attach_mask(trainer, mask)
     return mask
 

@@ -22,6 +22,10 @@ from fish_tuning.scoring.scores import FishScores
 logger = logging.getLogger(__name__)
 
 
+class ZeroScoresError(ValueError):
+    """Every score is 0: there is nothing to select by."""
+
+
 def calculate_fisher_information(
     model: nn.Module,
     calibration_dataloader: Iterable[Batch],
@@ -225,7 +229,7 @@ def _report_zeros(scores: Mapping[str, Tensor]) -> None:
     if not zeros:
         return
     if len(zeros) == len(scores):
-        raise ValueError(_all_zero(scores))
+        raise ZeroScoresError(_all_zero(scores))
     logger.warning(
         "All scores are 0 for %d of %d tensors: %s. No gradient of the loss reached them. The "
         "usual reason is LoRA's start: while B = 0, the gradient of A is 0. In that case score "

@@ -341,6 +341,8 @@ class Objective:
             raise OwnLossError("the model's own loss is not one of the known per-example losses")
         if self._alone is not None and self._alone[0] in numbers and len(numbers) > 1:
             number, alone = self._alone
+            if isinstance(likelihood, Tokens):
+                likelihood = replace(likelihood, reduction="mean")
             with torch.no_grad():
                 within = likelihood.losses(logits, labels)[list(numbers).index(number)]
             self._check_alone(number, alone, float(within))
