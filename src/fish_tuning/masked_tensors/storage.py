@@ -163,11 +163,9 @@ class Group:
             return [None] * len(tensors)
         parts = [flat[t] if t in flat else self.storage.new_zeros(t.numel) for t in self.tensors]
         dense = parts[0] if len(parts) == 1 else torch.cat(parts)
-        selected = dense.index_select(0, self.index)
-        return [
-            selected[tensor.selected].view(tensor.values_shape) if tensor in flat else None
-            for tensor in tensors
-        ]
+        selected = dense.index_select(0, self.index).split([t.num_selected for t in self.tensors])
+        by_tensor = dict(zip(self.tensors, selected, strict=True))
+        return [by_tensor[t].view(t.values_shape) if t in flat else None for t in tensors]
 
 
 class _HandOut(torch.autograd.Function):
