@@ -203,7 +203,7 @@ def test_broken_data_is_no_matter_where_labels_are_known(tmp_path, monkeypatch):
 def test_unknown_number_of_labels(tmp_path, monkeypatch):
     """Guards against a plan that guesses the size of the head."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"no file 'data\.csv'[\s\S]*dataset\.num_labels: is not"):
+    with pytest.raises(ConfigError, match=r"no file 'data\.csv'.*, or set dataset\.num_labels to"):
         plan(load_config(written(tmp_path, LOCAL)))
 
 

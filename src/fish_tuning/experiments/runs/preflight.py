@@ -88,8 +88,11 @@ def check_experiment(
     try:
         return CheckedExperiment(config, read_data(config))
     except MissingFileError as error:
-        if to_train or not labels_known:
+        if to_train:
             raise
+        if not labels_known:
+            way_out = "or set dataset.num_labels to plan without the data"
+            raise MissingFileError(f"{error}, {way_out}") from None
         return CheckedExperiment(config, None, str(error))
 
 
