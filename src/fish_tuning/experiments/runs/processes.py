@@ -59,6 +59,19 @@ def in_main(make: Callable[[], T]) -> T:
     return cast(T, value)
 
 
+def gather(value: T) -> list[T]:
+    """Return every process's value, in the order of their ranks. Every process must call this.
+
+    Args:
+        value: This process's own, which must be picklable.
+    """
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value, group=_groups()[0])
+    return values
+
+
 def agree_on(error: Exception | None) -> Exception | None:
     """Tell all processes whether one of them failed. Every process must make this call.
 

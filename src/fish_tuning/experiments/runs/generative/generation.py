@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig as Settings
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -36,19 +35,16 @@ def generate_texts(
     Returns:
         The texts in the order of the prompts, up to the end of sequence and without special tokens.
     """
-    rank, count = processes.rank(), processes.count()
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].input_ids))
-    own = order[rank::count]
+    own = order[processes.rank() :: processes.count()]
     size = config.batch_size or trainer.args.per_device_eval_batch_size
     texts: dict[int, str] = {}
     for start in range(0, len(own), size):
         places = own[start : start + size]
         batch = [prompts[place] for place in places]
         texts |= zip(places, _generate_batch(trainer, batch, config), strict=True)
-    if count > 1:
-        parts: list[Any] = [None] * count
-        dist.all_gather_object(parts, texts)
-        texts = {place: text for part in parts for place, text in part.items()}
+    parts = processes.gather(texts)
+    texts = {place: text for part in parts for place, text in part.items()}
     return [texts[place] for place in range(len(prompts))]
 
 
