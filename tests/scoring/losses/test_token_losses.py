@@ -11,9 +11,9 @@ IGNORED = -100
 N, CLASSES = 23, 7
 
 
-@pytest.fixture(params=[5, 4 * CLASSES, 2**21], ids=["one row", "four rows", "all rows"])
+@pytest.fixture(params=[5, 4 * CLASSES, 2**21], ids=["one row", "four rows", "a quarter"])
 def _chunks(request, monkeypatch):
-    """Chunks smaller than a row, of four rows, and larger than all rows."""
+    """Chunks smaller than a row, of four rows, and larger than all rows, which are divided."""
     monkeypatch.setattr(module, "CHUNK_ENTRIES", request.param)
 
 
@@ -64,6 +64,14 @@ def test_only_the_logits_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         token_losses(logits, labels, IGNORED)
     assert [t.data_ptr() for t in kept if t.numel() > N] == [logits.data_ptr()]
+
+
+def test_small_logits_are_divided_too():
+    """Guards the memory of small models: copies of all logits would be their largest tensors."""
+    labels = inputs(torch.float32, labeled=1.0)[1]
+    chunks = module.labeled_chunks(labels, CLASSES, IGNORED)
+    assert torch.cat(chunks).equal(torch.arange(N))
+    assert max(map(len, chunks)) <= N / 4
 
 
 def test_two_backward_passes():

@@ -10,6 +10,9 @@ from torch import Tensor
 CHUNK_ENTRIES = 2**21
 """Most logits that are converted to float32 and exponentiated at a time."""
 
+FEWEST_CHUNKS = 4
+"""Even small logits are divided, so that a chunk is small beside what is kept anyway."""
+
 
 def token_losses(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """-log softmax(logits)[label] of each token, and 0 where the label is `ignored`.
@@ -35,7 +38,8 @@ def token_losses(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
 def labeled_chunks(labels: Tensor, classes: int, ignored: int) -> tuple[Tensor, ...]:
     """The positions of the labeled tokens, as many at a time as are computed together."""
     labeled = (labels != ignored).nonzero().squeeze(1)
-    chunks: tuple[Tensor, ...] = labeled.split(max(1, CHUNK_ENTRIES // classes))
+    most = min(CHUNK_ENTRIES // classes, len(labeled) // FEWEST_CHUNKS)
+    chunks: tuple[Tensor, ...] = labeled.split(max(1, most))
     return chunks
 
 
