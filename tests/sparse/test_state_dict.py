@@ -114,3 +114,15 @@ def test_a_file_of_the_same_mask_and_another_start(dtype):
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name].to(dtype).float())
+
+
+def test_sparse_weights_are_loaded_into_a_new_adapter():
+    """Guards against zeros in common with a fresh B that make a state dict one of another mask."""
+    model = lora_mlp(init_lora_weights=True)
+    mask = random_mask(model)
+    apply_mask(model, mask)
+    name = "base_model.model.first.lora_B.default.weight"
+    new = torch.zeros_like(model.state_dict()[name])
+    new[:2] = 1.0
+    model.load_state_dict({name: new}, strict=False)
+    assert torch.equal(model.state_dict()[name], new)

@@ -127,11 +127,12 @@ def _other_mask(how: str) -> ValueError:
 
 
 def _changed_frozen(tensor: MaskedTensor, view: View, loaded: Any) -> tuple[int, int]:
-    """How many frozen entries a loaded tensor would change, and how many there are.
+    """How many frozen entries a loaded tensor would change, and of how many.
 
     Files in safetensors format say nothing of masks. But training under another mask changes some
     of these entries and leaves the others, while the same mask leaves all, and a start with other
-    random numbers changes nearly all.
+    random numbers changes nearly all. Rows and columns of zeros do not count: adapters that
+    were converted to LoRA have some, as a fresh B does.
     """
     held = view.leaf.detach()
     if type(loaded) not in (Tensor, nn.Parameter) or loaded.is_meta or loaded.shape != view.shape:
@@ -140,6 +141,9 @@ def _changed_frozen(tensor: MaskedTensor, view: View, loaded: Any) -> tuple[int,
     # A file in half precision holds rounded numbers.
     equal = (loaded.to(held.dtype) == held) | (loaded == held.to(loaded.dtype))
     frozen = ~view.of(tensor.bits()).to(held.device)
+    if held.dim() == 2:
+        used = (held != 0) | (loaded != 0)
+        frozen &= used.any(0, keepdim=True) & used.any(1, keepdim=True)
     return int((~equal & frozen).sum()), int(frozen.sum())
 
 
