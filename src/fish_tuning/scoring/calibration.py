@@ -1,19 +1,16 @@
 """One pass over a calibration set: the mean of powers of per-example gradients."""
 
 import logging
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.arguments import check_integer
-from fish_tuning.engines import check_in_memory, device_of
+from fish_tuning.engines import check_in_memory
 from fish_tuning.per_example.sums import GradientSums
-from fish_tuning.scoring.checkpointing import checkpointing
+from fish_tuning.scoring.evaluating import evaluating
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
 from fish_tuning.scoring.inputs.padding import parts_by_length
 from fish_tuning.scoring.inputs.reading import check_loader
@@ -72,7 +69,7 @@ def mean_over_examples(
     count = 0
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
     unpack = Unpacker(objective.forward)
-    with _evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
+    with evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
             batch, most_tokens = unpack(objective.read(batch))
             batch = _first(objective.forward.on_device(batch), num_samples, count)
@@ -153,31 +150,6 @@ def _parts(
     most_examples = CPU_PART if on_cpu else None
     if not objective.divisible or most_examples is most_tokens is None:
         return [(batch, numbers)]
+    if most_tokens is None and not objective.padding.may_be_cut(batch):
+        return [(batch, numbers)]
     return parts_by_length(batch, numbers, most_examples, most_tokens)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in evaluation mode and gradients are on.
-
-    Modes and random number generators are restored afterwards.
-    """
-    modes = {module: module.training for module in model.modules()}
-    states = random.getstate(), np.random.get_state()
-    device = device_of(model)
-    with (
-        torch.random.fork_rng(
-            devices=[] if device.type == "cpu" else [device], device_type=device.type
-        ),
-        torch.enable_grad(),
-        checkpointing(model),
-    ):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                if module.training != mode:
-                    module.training = mode
-            random.setstate(states[0])
-            np.random.set_state(states[1])

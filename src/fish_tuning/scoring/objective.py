@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fish_tuning.config import Estimator, TokenReduction
+from fish_tuning.scoring.cutting import Padding
 from fish_tuning.scoring.inputs.batches import (
     IGNORED,
     Batch,
@@ -26,7 +27,6 @@ from fish_tuning.scoring.inputs.labels import (
     predicted_from_text,
 )
 from fish_tuning.scoring.inputs.outputs import logits_of, loss_of
-from fish_tuning.scoring.inputs.padding import without_padding
 from fish_tuning.scoring.losses.checks import check_finite, check_independent, scalar
 from fish_tuning.scoring.losses.likelihood import (
     Likelihood,
@@ -108,6 +108,7 @@ class Objective:
         self._reduction, self._loss_fn = token_reduction, loss_fn
         self._likelihood: Likelihood | None = None
         self._alone: tuple[int, float] | None = None
+        self.padding = Padding(forward)
         self._checked: set[frozenset[str]] = set()
 
     @property
@@ -280,7 +281,7 @@ class Objective:
             return [self._loss_fn.function(batch.inputs).reshape(1)]
         if self._loss_fn is not None:
             return [self._losses_of_caller(self._loss_fn, batch)]
-        batch = without_padding(batch)
+        batch = self.padding.cut(batch)
         if self._likelihood is None:
             own = loss_of(self.forward(batch, with_labels=True))
             if own is None:

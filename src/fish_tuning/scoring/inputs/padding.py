@@ -61,6 +61,15 @@ def without_padding(batch: Batch) -> Batch:
     }
 
 
+def shortest(batch: Batch) -> Batch | None:
+    """The example with the most padding, alone; None if the batch has none that can be cut."""
+    lengths = _lengths(batch)
+    if lengths is None:
+        return None
+    row = min(range(len(lengths)), key=lengths.__getitem__)
+    return take(batch, slice(row, row + 1))
+
+
 # Entries with one value per token. An unknown key may have as many columns by chance, or values
 # that matter where the attention mask is 0.
 _BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}

@@ -1,0 +1,73 @@
+"""A model in evaluation mode, given back as it was."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fish_tuning.engines import device_of
+from fish_tuning.scoring.checkpointing import checkpointing
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in evaluation mode and gradients are on.
+
+    Modes and random number generators are restored afterwards.
+    """
+    modes = {module: module.training for module in model.modules()}
+    before = {module: _state_of(module) for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    device = device_of(model)
+    with (
+        torch.random.fork_rng(
+            devices=[] if device.type == "cpu" else [device], device_type=device.type
+        ),
+        torch.enable_grad(),
+        checkpointing(model),
+    ):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, state in before.items():
+                _restore(module, *state)
+            for module, mode in modes.items():
+                if module.training != mode:
+                    module.training = mode
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+_State = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+def _state_of(module: nn.Module) -> _State:
+    """What a forward pass may change in a module: settings, children and caches in buffers.
+
+    BigBird replaces its attention when a text is short, and RoPE may grow with the longest one.
+    """
+    settings = {k: v for k, v in vars(module).items() if isinstance(v, _SETTINGS)}
+    caches = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
+    return settings, dict(module._modules), caches
+
+
+_SETTINGS = (bool, int, float, str)
+
+
+def _restore(
+    module: nn.Module, settings: dict[str, Any], children: dict[str, Any], caches: dict[str, Any]
+) -> None:
+    for name, value in settings.items():
+        if name != "training" and vars(module).get(name) != value:
+            vars(module)[name] = value
+    for name, child in children.items():
+        if module._modules.get(name) is not child:
+            module._modules[name] = child
+    for name, cache in caches.items():
+        if name in module._buffers and module._buffers[name] is not cache:
+            module._buffers[name] = cache
