@@ -60,10 +60,10 @@ def test_big_bird_keeps_its_attention():
         max_position_embeddings=64,
         block_size=4,
         num_random_blocks=1,
-        num_labels=3,
         pad_token_id=0,
         initializer_range=0.2,
     )
+    config.num_labels = 3
     lora = {"target_modules": ["query", "value"], "init_lora_weights": False}
     model = with_lora(tr.BigBirdForSequenceClassification(config), **lora).double().eval()
     bert = model.get_base_model().bert
