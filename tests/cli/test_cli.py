@@ -49,7 +49,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "no_label.csv": "\n".join(["text,label", *ROWS[:20], "nothing,", ""]),
         "only_config/config.json": '{"model_type": "bert"}',
         "broken_config/config.json": '{"model_type": ',
-        "no_config/readme.txt": "nothing here",
+        "no_config/readme.md": "nothing here",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -102,7 +102,11 @@ BAD_CONFIGS = {
         "training: {args_override: {eval_strategy: evry}}",
         r"args_override\.eval_strategy: 'evry' is unknown; use one of no, steps, epoch",
     ),
-    "unknown metric": ("dataset: {metric: bleu}", r"dataset\.metric: 'bleu' .*use one of accuracy"),
+    "unknown metric": ("dataset: {metric: blue}", r"dataset\.metric: 'blue' .*use one of accuracy"),
+    "metric of language models": (
+        "dataset: {metric: bleu}",
+        r"dataset\.metric: 'bleu' is for language models; set dataset\.task: causal_lm",
+    ),
     "metric of another task": (
         "dataset: {metric: pearson}",
         r"dataset\.metric: 'pearson' does not measure classification; use one of accuracy",
@@ -496,10 +500,8 @@ def test_notices_are_shown_once(project, monkeypatch):
 
 def test_missing_extra_is_one_line(project, monkeypatch):
     """Guards an installation without the extra against a traceback."""
-    monkeypatch.setitem(sys.modules, "fish_tuning.experiments.data.load", None)
-    monkeypatch.delitem(sys.modules, "fish_tuning.experiments.data.load")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for name in [n for n in sys.modules if n.startswith("fish_tuning.experiments.data.load")]:
+    for name in [name for name in sys.modules if name.startswith("fish_tuning.experiments.")]:
         monkeypatch.delitem(sys.modules, name)
     result = invoke("run", "base_config.yaml")
     assert result.exit_code == 2
