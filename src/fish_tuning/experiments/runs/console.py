@@ -76,7 +76,8 @@ class ProgressLines:
                 began, first = steps[0]
                 steps[1] = (now, step)
                 left = (now - began) / (step - first) * (total - step)
-                self._print(f"{arm.title}: step {step} of {total}, {note}, {_duration(left)} left")
+                note = f"{note}, " if note else ""
+                self._print(f"{arm.title}: step {step} of {total}, {note}{_duration(left)} left")
 
         return report
 
