@@ -61,8 +61,7 @@ class MaskState:
         self.orders: Orders = {}
         self.idle = IdleLayers()
         self.uninstallers: list[Callable[[], None]] = []
-        """Calls that take back hooks and patches. None refers to the model itself, which has to
-        be free to go."""
+        """Calls that take back hooks and patches; none keeps the model itself alive."""
         self.ignored: set[str] = set()
         """Names that DistributedDataParallel ignores since the model is masked."""
         self.edges: list[Edge] = []
@@ -73,6 +72,7 @@ class MaskState:
         self.differentiable: list[View] = []
         """The views that differ from their leaves during that pass."""
         self.steps_without_values = 0
+        self.has_warned_of_load = False
         self._watch(root)
 
     # What is masked

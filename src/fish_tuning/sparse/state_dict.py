@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from fish_tuning.masked_tensors.reconcile import check_conflicts
 from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View, values_name
 from fish_tuning.sparse.state import MaskState
+
+logger = logging.getLogger(__name__)
 
 _METADATA = "fish_mask"
 """Key of a module's metadata in a state dict: a checksum of the selected entries by attribute."""
@@ -110,41 +113,56 @@ def _before_load(
         if (new := loaded.get(prefix + place.attribute)) is None or checksum == tensor.checksum:
             continue
         if checksum is not None:
-            raise _other_mask(f"another mask: it selects other entries of {place.name}")
-        changed, frozen = _changed_frozen(tensor, view, new)
-        if 0 < changed <= _FEW * frozen:
-            raise _other_mask(
-                f"another mask, or under none: it changes {changed:,} of {frozen:,} entries of "
-                f"{place.name} that are frozen here"
+            raise ValueError(
+                "the state dict was saved under another mask: it selects other entries of "
+                f"{place.name}. Apply the mask that was saved with it (FishMask.from_pretrained), "
+                "or call remove_mask(model) before you load it"
             )
+        if not state.has_warned_of_load:
+            _warn_of_other_mask(state, place.name, *_changed_frozen(tensor, view, new))
 
 
-def _other_mask(how: str) -> ValueError:
-    return ValueError(
-        f"the state dict was saved under {how}. Apply the mask that was saved with it "
-        "(FishMask.from_pretrained), or call remove_mask(model) before you load it"
-    )
+def _warn_of_other_mask(state: MaskState, name: str, changed: int, frozen: int) -> None:
+    """Warn, once for each model, if a state dict changes frozen entries of a tensor in part.
+
+    Files in safetensors format say nothing of masks. But training under another mask changes some
+    of these entries and leaves the others, while the same mask leaves all, and dense training or
+    another start changes nearly all. It is no proof: sparse updates that were merged look the same.
+    """
+    if 0 < changed <= _FEW * frozen:
+        state.has_warned_of_load = True
+        logger.warning(
+            "The state dict changes %s of the %s entries of %s that the mask freezes, and leaves "
+            "the others: it may have been trained under another mask. If so, apply the mask that "
+            "was saved with it (FishMask.from_pretrained), or training goes on with other entries",
+            f"{changed:,}",
+            f"{frozen:,}",
+            name,
+        )
 
 
 def _changed_frozen(tensor: MaskedTensor, view: View, loaded: Any) -> tuple[int, int]:
     """How many frozen entries a loaded tensor would change, and of how many.
 
-    Files in safetensors format say nothing of masks. But training under another mask changes some
-    of these entries and leaves the others, while the same mask leaves all, and a start with other
-    random numbers changes nearly all. Rows and columns of zeros do not count: adapters that
-    were converted to LoRA have some, as a fresh B does.
+    Rounding is no change: files in half precision and averages have some. Numbers that were pruned
+    to zero do not count, nor do rows and columns of zeros, which adapters that were converted to
+    LoRA have.
     """
     held = view.leaf.detach()
     if type(loaded) not in (Tensor, nn.Parameter) or loaded.is_meta or loaded.shape != view.shape:
         return 0, 0
-    loaded = loaded.detach().to(held.device)
-    # A file in half precision holds rounded numbers.
-    equal = (loaded.to(held.dtype) == held) | (loaded == held.to(loaded.dtype))
-    frozen = ~view.of(tensor.bits()).to(held.device)
-    if held.dim() == 2:
-        used = (held != 0) | (loaded != 0)
-        frozen &= used.any(0, keepdim=True) & used.any(1, keepdim=True)
-    return int((~equal & frozen).sum()), int(frozen.sum())
+    if not loaded.is_floating_point():
+        return 0, 0
+    rounding = 2 * max(torch.finfo(each.dtype).eps for each in (held, loaded))
+    wide = torch.float64 if held.dtype == torch.float64 else torch.float32
+    held, loaded = held.to(wide), loaded.detach().to(held.device, wide)
+    counted = ~view.of(tensor.bits()).to(held.device) & ((loaded != 0) | (held == 0))
+    if loaded.dim() > 1:
+        nonzero = (loaded != 0).flatten(1)
+        used = nonzero.any(0, keepdim=True) & nonzero.any(1, keepdim=True)
+        counted &= used.view(loaded.shape)
+    equal = torch.isclose(loaded, held, rtol=rounding, atol=0, equal_nan=True)
+    return int((~equal & counted).sum()), int(counted.sum())
 
 
 def _after_load(state: MaskState, module: nn.Module, incompatible_keys: Any) -> None:
