@@ -24,6 +24,7 @@ from fish_tuning.experiments.models.adapters import trainable_tensors
 from fish_tuning.experiments.models.counts import names_left_dense
 from fish_tuning.experiments.results import ScoreHistogram, write_json
 from fish_tuning.experiments.runs.measurements import snapshot
+from fish_tuning.experiments.runs.release import release_model
 from fish_tuning.fish_model import score_and_select
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.names import side_of
@@ -136,8 +137,7 @@ def _after_warmup(model: nn.Module, steps: int, warmup: Callable[[int], Trainer]
         trainer = warmup(steps)
         trainer.add_callback(_StopAfter(steps))
         trainer.train()
-        # Mixed precision wraps the forward pass, and would wrap it again in the training itself.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        release_model(trainer, model)
         yield
     finally:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 
 from fish_tuning.experiments.metrics.names import TEXT_METRICS, metric_key
@@ -16,6 +17,7 @@ from fish_tuning.experiments.results import GeneratedExample
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.generative.generation import generate_texts, write_generations
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
+from fish_tuning.experiments.runs.release import release_model
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def evaluate_before(trainer: Trainer, experiment: PreparedExperiment) -> BeforeT
     generation = experiment.config.generation
     if generation is not None and experiment.prompts:
         [text] = generate_texts(trainer, experiment.prompts[:1], generation)
-    # Mixed precision wraps the forward pass, and training would wrap it again.
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    assert isinstance(trainer.model, nn.Module)
+    release_model(trainer, trainer.model)
     return BeforeTraining(metrics, text)
 
 
