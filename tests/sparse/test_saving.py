@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from fish_tuning import FishMask, apply_mask, get_mask, remove_mask
 from fish_tuning.sparse.saving import check_checkpoint
@@ -41,6 +42,26 @@ def test_an_unmasked_adapter_beside(tmp_path):
     assert not list(tmp_path.rglob("fish_mask.json"))
     model.save_pretrained(tmp_path)
     assert [f.parent for f in tmp_path.rglob("fish_mask.json")] == [tmp_path]
+
+
+def test_parameters_chosen_by_hand_are_saved_as_tensors(tmp_path):
+    """Guards against files that hold values, and lack tensors of which nothing is selected.
+
+    LLaVA's and FastChat's training scripts save what named_parameters lists.
+    """
+    model = lora_mlp()
+    mask = random_mask(model)
+    unselected = next(name for name in mask if "lora_A" in name)
+    mask[unselected] = torch.zeros_like(mask[unselected])
+    train(apply_mask(model, mask))
+    chosen = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    expected = copy.deepcopy(get_peft_model_state_dict(model))
+    train(model)
+    model.save_pretrained(tmp_path, state_dict=chosen)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    FishMask.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_mask_are_refused(tmp_path):

@@ -21,6 +21,7 @@ from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.patches import original, patch
 from fish_tuning.sparse.registry import state_of
 from fish_tuning.sparse.state import MaskState
+from fish_tuning.sparse.state_dict import with_tensors
 
 _WEIGHTS = re.compile(r"(adapter_model|pytorch_adapter|model|pytorch_model)\b.*\.(safetensors|bin)")
 """Names of files with weights that save_pretrained, Trainers and the adapters library write."""
@@ -168,6 +169,8 @@ def _save_pretrained(
 ) -> Any:
     """The model's own save_pretrained, with the mask and its description beside what it writes."""
     state.check()
+    if kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = with_tensors(state, kwargs["state_dict"])
     result = original(model, name)(save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         write_mask(model, save_directory, kwargs.get("selected_adapters"))

@@ -94,6 +94,36 @@ def _alias(tensor: MaskedTensor, view: View) -> Tensor:
     return view.of(from_dlpack(to_dlpack(flat.view(torch.uint8))).view(flat.dtype))
 
 
+def with_tensors(state: MaskState, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict of parameters, with the model's tensors in place of their values.
+
+    Scripts choose what save_pretrained is to write from the model's named_parameters. These list
+    values, and leave out tensors of which nothing is selected, which are added here.
+    """
+    if not any(values_name(place.name) in given for place in state.places()):
+        return given
+    whole = dict(given)
+    for tensor in state.tensors:
+        for view in tensor.views:
+            for place in view.places:
+                values = whole.pop(values_name(place.name), None)
+                if values is not None:
+                    whole[place.name] = _filled(tensor, view, values)
+                elif tensor.is_frozen:
+                    whole.setdefault(place.name, view.leaf.detach())
+    return whole
+
+
+def _filled(tensor: MaskedTensor, view: View, values: Tensor) -> Tensor:
+    """A copy of a masked tensor with these values, on their device."""
+    group = tensor.group
+    assert group is not None
+    flat = group.storage.detach()[tensor.entries].clone()
+    positions = group.index[tensor.selected].long() - tensor.entries.start
+    flat[positions] = values.detach().reshape(-1).to(flat)
+    return view.of(flat).to(values)
+
+
 def _before_load(
     state: MaskState,
     module: nn.Module,
