@@ -75,3 +75,26 @@ def test_big_bird_keeps_its_attention():
     width = 48 - short["input_ids"].shape[1]
     long = {k: v if v.dim() == 1 else F.pad(v, (0, width)) for k, v in short.items()}
     assert_scores_close(scored(model, [long]), loop(model, long))
+
+
+def test_the_kind_of_labels_is_not_noted():
+    """Guards a config that remembers labels of the wrong type, so that the right ones fail."""
+    model = with_lora(tiny_bert(), init_lora_weights=False).double().eval()
+    model.config.problem_type = None
+    batch = pad(examples_for(model, 4))
+    with pytest.raises(ValueError, match="size"):
+        scored(model, [{**batch, "labels": batch["labels"].double()}])
+    assert model.config.problem_type is None
+    assert_scores_close(scored(model, [batch]), loop(model, batch))
+    model.config.problem_type = None
+    scored(model, [batch])
+    assert model.config.problem_type is None
+
+
+@pytest.mark.parametrize("task", ["TokenClassification", "MaskedLM"])
+def test_labels_by_token_in_parts(task):
+    """Guards more examples than are scored at a time: models flatten their labels with `view`."""
+    model = with_lora(tiny_bert(task=task), init_lora_weights=False).double().eval()
+    batch = pad(examples_for(model, 10, shortest=3, longest=9))
+    expected = loop(model, batch)
+    assert_scores_close(scored(model, [batch]), expected)

@@ -17,9 +17,10 @@ from fish_tuning.scoring.checkpointing import checkpointing
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in evaluation mode and gradients are on.
 
-    Modes and random number generators are restored afterwards.
+    Modes, configs and random number generators are restored afterwards.
     """
     modes = {module: module.training for module in model.modules()}
+    configs = _configs_of(model)
     before = {module: _state_of(module) for module in model.modules()}
     states = random.getstate(), np.random.get_state()
     device = device_of(model)
@@ -39,8 +40,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             for module, mode in modes.items():
                 if module.training != mode:
                     module.training = mode
+            for settings, values in configs:
+                settings.clear()
+                settings.update(values)
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _configs_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The settings of each config in a model, and a copy of them.
+
+    transformers notes the kind of labels that it saw first, `problem_type`.
+    """
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    settings = [vars(config) for config in configs.values() if hasattr(config, "__dict__")]
+    return [(values, dict(values)) for values in settings]
 
 
 _State = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]

@@ -75,3 +75,11 @@ def test_labels_and_images_are_cut_as_they_should_be():
     part = without_padding(batch)
     assert part["labels"].tolist() == [[1, 2], [3, -100]]
     assert part["pixel_values"] is batch["pixel_values"]
+
+
+def test_what_is_cut_can_be_viewed():
+    """Guards models that flatten their labels with `view`, which fails on a slice of columns."""
+    batch = padded([2, 1], 4)
+    batch["labels"] = torch.full((2, 4), -100)
+    part = without_padding(batch)
+    assert part["labels"].view(-1).shape == part["input_ids"].view(-1).shape == (4,)

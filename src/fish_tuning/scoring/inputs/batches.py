@@ -147,7 +147,8 @@ def _part(key: str, value: Any, size: int, rows: slice | Sequence[int]) -> Any:
 
 def _part_of_tensor(key: str, value: Tensor, size: int, rows: slice | Sequence[int]) -> Tensor:
     if key == "position_ids" and value.dim() == 3 and value.shape[1] == size:
-        return value[:, rows]  # M-RoPE: positions in time, height and width.
+        # M-RoPE: positions in time, height and width.
+        return value[:, rows].contiguous()
     if value.dim() > 0 and len(value) == size:
         return value[rows]
     if value.dim() > 1 and len(value) > 1:

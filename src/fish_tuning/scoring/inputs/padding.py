@@ -55,8 +55,9 @@ def without_padding(batch: Batch) -> Batch:
         return batch
     assert isinstance(batch, Mapping)
     shape = batch["attention_mask"].shape
+    # Models flatten their labels with `view`, which needs them contiguous.
     return {
-        key: value[:, : max(lengths)] if _is_per_token(value, shape) else value
+        key: value[:, : max(lengths)].contiguous() if _is_per_token(value, shape) else value
         for key, value in batch.items()
     }
 
