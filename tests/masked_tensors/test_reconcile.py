@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -9,7 +10,7 @@ from fish_tuning import apply_mask, remove_mask
 from fish_tuning.masked_tensors.reconcile import reconcile
 from fish_tuning.sparse import masked_parameters
 from fish_tuning.sparse.registry import state_of
-from tests.sparse.small import Mlp, inputs, lora_mlp, random_mask, train
+from tests.sparse.small import LORA, Mlp, inputs, lora_mlp, random_mask, train
 
 NAME = "base_model.model.first.lora_B.default.weight"
 
@@ -240,3 +241,25 @@ def test_averages_of_weights(use_buffers):
     for name, found in mean.module.state_dict().items():
         expected = torch.stack([state[name] for state in states]).mean(0)
         torch.testing.assert_close(found, expected)
+
+
+def test_tensors_tied_after_they_were_masked_are_noticed():
+    """Guards against one weight that becomes two again, without a word."""
+    layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model = get_peft_model(layers, LoraConfig(**{**LORA, "target_modules": ["0", "1"]}))
+    first, last = (layer.lora_B["default"] for layer in model.base_model.model)
+    apply_mask(model, random_mask(model))
+    last.weight = first.weight
+    for read in (model.state_dict, lambda: model(inputs())):
+        with pytest.raises(RuntimeError, match=r"were tied after they were masked: call remove"):
+            read()
+    remove_mask(model)
+    assert torch.equal(last.weight, first.weight)
+
+
+def test_whole_tensors_in_place_of_values_are_refused():
+    """Guards against a message about engines where somebody has written the wrong parameter."""
+    model, _ = masked()
+    values(model).data = torch.ones(tensor(model).shape)
+    with pytest.raises(RuntimeError, match="write a whole tensor under the tensor's own name"):
+        model(inputs())

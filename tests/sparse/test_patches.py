@@ -366,3 +366,11 @@ def test_parameters_cast_while_they_compute_are_told(caplog):
         model(inputs().double())
     (record,) = caplog.records
     assert "cast modules, as in layer.to(dtype)" in record.message
+
+
+def test_a_masked_tensor_is_found_by_name():
+    model = lora_mlp()
+    mask = random_mask(model)
+    apply_mask(model, mask)
+    for name, tensor in adapter_tensors(model).items():
+        assert torch.equal(model.get_parameter(name), tensor)

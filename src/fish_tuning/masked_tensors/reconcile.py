@@ -86,17 +86,23 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
-def take_in_replaced(tensors: Iterable[MaskedTensor]) -> dict[Group, list[Group]]:
+def take_in_replaced(
+    tensors: Iterable[MaskedTensor], apart_from: Iterable[MaskedTensor] = ()
+) -> dict[Group, list[Group]]:
     """Take in split tensors that were moved, cast or replaced.
 
     Casting a module, assigning a parameter or swapping a tensor's `.data` leaves a module with a
     tensor outside the group's storage.
 
+    Args:
+        tensors: The tensors.
+        apart_from: Tensors with which they must not share memory.
+
     Returns:
         Groups that no longer hold, with those that take their place.
 
     Raises:
-        RuntimeError: A tensor is gone, or has another shape than its mask.
+        RuntimeError: A tensor is gone, has another shape than its mask, or was tied to another.
     """
     replaced: dict[MaskedTensor, tuple[View, Tensor]] = {}
     changed: dict[Group, None] = {}
@@ -117,6 +123,8 @@ def take_in_replaced(tensors: Iterable[MaskedTensor]) -> dict[Group, list[Group]
                 changed[group] = None
         if values.dtype != storage.dtype or values.device != storage.device:
             changed[group] = None
+    if replaced:
+        _check_apart(apart_from)
     for tensor, (view, held) in replaced.items():
         if tensor.group is None or tensor.group in changed:
             continue
@@ -168,6 +176,24 @@ def check_tied(tensor: MaskedTensor) -> None:
         others = [name for name in held if addresses[name] != addresses[place.name]]
         if others and place.attribute in place.module._parameters:
             raise unfit(f"{place.name} and {others[0]} were tied and are no longer")
+
+
+def _check_apart(tensors: Iterable[MaskedTensor]) -> None:
+    """Check that no masked tensor was assigned to another's place, which would tie the two."""
+    holders: dict[tuple[torch.device, int], MaskedTensor] = {}
+    for tensor in tensors:
+        for place in tensor.places:
+            module, attribute = place.module, place.attribute
+            held = module._buffers.get(attribute)
+            held = module._parameters.get(attribute) if held is None else held
+            if held is None or held.is_meta or not held.numel():
+                continue
+            other = holders.setdefault((held.device, held.data_ptr()), tensor)
+            if other is not tensor:
+                raise RuntimeError(
+                    f"{place.name} and {other.name} were tied after they were masked: call "
+                    "remove_mask(model), tie them, and mask the model again"
+                )
 
 
 def fits(tensor: MaskedTensor) -> bool:

@@ -46,7 +46,8 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
         sizes: How many numbers each has in all processes together.
 
     Raises:
-        RuntimeError: An engine other than `fully_shard` has left a part of them only.
+        RuntimeError: Somebody has replaced them by more or fewer numbers, or an engine other than
+            `fully_shard` has left a part of them only.
     """
     parts = [value.detach() for value in values] if len(values) == 1 else values
     if any(is_sharded(value) for value in values):
@@ -54,6 +55,12 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
         parts = [next(full) if is_sharded(value) else value for value in values]
     for part, size in zip(parts, sizes, strict=True):
         if part.numel() != size:
+            if not (dist.is_available() and dist.is_initialized()):
+                raise RuntimeError(
+                    f"a parameter for the values of {size} selected entries holds {part.numel()} "
+                    "numbers: write a whole tensor under the tensor's own name, as "
+                    "load_state_dict does, or call remove_mask(model) first"
+                )
             raise RuntimeError(
                 f"this process holds {part.numel()} of {size} trained values: a masked model "
                 "trains under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed ZeRO-1 "

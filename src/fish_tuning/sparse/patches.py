@@ -148,14 +148,18 @@ def _check_convertible(
 
 
 def _get_parameter(state: MaskState, module: nn.Module, name: str, target: str) -> Any:
-    """TRL's DPOTrainer copies parameters of one adapter to another by name, not masked tensors.
+    """A masked tensor is found by its name, though it is no parameter.
 
     Raises:
-        ValueError: The other adapter is not masked.
+        ValueError: TRL's DPOTrainer, which copies parameters of one adapter to another by name,
+            finds no mask on the other.
     """
     try:
         return original(module, name)(target)
     except AttributeError as error:
+        for place in (place for tensor in state.tensors for place in tensor.places):
+            if place.name == target and place.attribute in place.module._buffers:
+                return place.module._buffers[place.attribute]
         if not target.endswith(values_name("")):
             raise
         raise ValueError(

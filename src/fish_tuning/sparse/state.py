@@ -132,7 +132,7 @@ class MaskState:
             return
         groups = {tensor.group: None for tensor in leaving if tensor.group is not None}
         touched = [tensor for group in groups for tensor in group.tensors]
-        self._take_in([t for t in touched if t not in leaving or fits(t)])
+        self._take_in([t for t in touched if t not in leaving or fits(t)], may_tie=True)
         groups = {tensor.group: None for tensor in touched if tensor.group is not None}
         remaining = {}
         for group in groups:
@@ -149,7 +149,7 @@ class MaskState:
         for tensor in leaving:
             if tensor.is_frozen:
                 if fits(tensor):
-                    self._take_in([tensor])
+                    self._take_in([tensor], may_tie=True)
                 view = tensor.views[0]
                 memory = view.flatten(view.leaf).clone()
                 restore_parameter(tensor, memory, tensor.was_trainable, self.orders)
@@ -228,13 +228,13 @@ class MaskState:
             if all(type(each) is nn.Parameter for each in group.values()) and group.is_intact():
                 reconcile(group)
 
-    def _take_in(self, tensors: list[MaskedTensor]) -> None:
+    def _take_in(self, tensors: list[MaskedTensor], may_tie: bool = False) -> None:
         """Take in what was moved, cast or replaced."""
         if tensors is self.tensors:
             split = [t for group in self.groups if not group.is_intact() for t in group.tensors]
         else:
             split = [t for t in tensors if t.is_split]
-        replaced = take_in_replaced(split)
+        replaced = take_in_replaced(split, () if may_tie else self.tensors)
         self._replace_groups(replaced)
         for tensor in self.unselected if tensors is self.tensors else tensors:
             if tensor.is_frozen:
