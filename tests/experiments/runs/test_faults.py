@@ -21,8 +21,9 @@ from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.report.write import write_report
 from fish_tuning.experiments.results import RUN_FILE, read_results
-from fish_tuning.experiments.runs import executor, record, training
+from fish_tuning.experiments.runs import record, training
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
+from fish_tuning.experiments.runs.executors import local
 from fish_tuning.experiments.runs.sweep import run_experiment
 from tests.experiments.runs.records import FEW_ARMS, comparable, weights
 from tests.experiments.tiny_experiment import experiment
@@ -342,7 +343,7 @@ def _hold(folder, config, holding):
         holding.set()
         time.sleep(60)
 
-    executor.carry_out = wait
+    local.carry_out = wait
     os.chdir(folder)
     run_experiment(config, name="e")
 

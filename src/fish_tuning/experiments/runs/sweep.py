@@ -16,7 +16,7 @@ from fish_tuning.experiments.results import RESULTS_FILE, Results, write_json
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import best_by
 from fish_tuning.experiments.runs.console import ProgressLines, quiet
-from fish_tuning.experiments.runs.executor import Executor, in_turn
+from fish_tuning.experiments.runs.executors.local import Executor, in_turn
 from fish_tuning.experiments.runs.preflight import CheckedExperiment, check_experiment
 from fish_tuning.experiments.runs.prepare import PreparedExperiment, prepare
 from fish_tuning.experiments.runs.record import (
@@ -137,7 +137,7 @@ def _executor(ray_cpus: int | None) -> Iterator[Executor]:
     if ray_cpus is None:
         yield in_turn
         return
-    from fish_tuning.experiments.runs.executor_ray import over_ray
+    from fish_tuning.experiments.runs.executors.over_ray import over_ray
 
     with over_ray(ray_cpus) as executor:
         yield executor

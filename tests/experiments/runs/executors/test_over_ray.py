@@ -75,9 +75,9 @@ def dies(arm, *args):
 
 def test_a_process_that_is_lost(files, tmp_path, monkeypatch):
     """Guards the other runs, and the record, against one whose process is killed."""
-    from fish_tuning.experiments.runs import executor_ray
+    from fish_tuning.experiments.runs.executors import over_ray
 
-    monkeypatch.setattr(executor_ray, "_carry_out", dies)
+    monkeypatch.setattr(over_ray, "_carry_out", dies)
     config = experiment(*files, tmp_path, **ARMS)
     with pytest.raises(ConfigError, match=r"cpus_per_run: 4096 is more than the \d+ cores"):
         run_experiment(config, name="e", ray_cpus=4096)

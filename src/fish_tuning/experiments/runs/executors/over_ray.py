@@ -18,7 +18,7 @@ from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.results import Run
 from fish_tuning.experiments.runs.console import quiet
-from fish_tuning.experiments.runs.executor import Begin, Executor, carry_out
+from fish_tuning.experiments.runs.executors.local import Begin, Executor, carry_out
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from fish_tuning.experiments.runs.record import failed_run, now, run_folder, write_record
 
