@@ -104,6 +104,7 @@ class Objective:
                 f"label_samples={label_samples}: labels are drawn only with estimator='true'"
             )
         self.forward, self.power = forward, power
+        self.forward.predicts_first_token = loss_fn is not None
         self._estimator, self._label_samples, self._seed = estimator, label_samples, seed
         self._reduction, self._loss_fn = token_reduction, loss_fn
         self._likelihood: Likelihood | None = None
@@ -187,6 +188,7 @@ class Objective:
                 kinds = [replace(kinds[0], reduction=self._reduction)]
             self._likelihood = kinds[0] if kinds else None
         if self._likelihood is None:
+            self.forward.predicts_first_token = True
             self._check_own_loss(own, *shapes)
 
     def check_batch(self, batch: Batch, numbers: Sequence[int]) -> None:
@@ -293,7 +295,8 @@ class Objective:
         if checking:
             self._check_likelihood(self._likelihood, batch, numbers, outputs)
         del outputs  # With the graph of the model's own loss.
-        if isinstance(self._likelihood, Tokens) and self._likelihood.shifted:
+        shifted = isinstance(self._likelihood, Tokens) and self._likelihood.shifted
+        if shifted and self.forward.ignores_left_padding(batch):
             labels = predicted_from_text(labels, batch)
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
@@ -338,6 +341,7 @@ class Objective:
             pass  # Nothing to compare with: no example has a label.
         elif not explains(likelihood, logits, labels, own.mean()):
             self._likelihood = None
+            self.forward.predicts_first_token = True
             self._check_own_loss(own, _shape(logits), _shape(labels))
             raise OwnLossError("the model's own loss is not one of the known per-example losses")
         if self._alone is not None and self._alone[0] in numbers and len(numbers) > 1:

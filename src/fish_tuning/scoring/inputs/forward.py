@@ -15,9 +15,11 @@ from fish_tuning.engines import device_of
 from fish_tuning.scoring.inputs.batches import LABELS, Batch, Ragged, described, with_tensors
 from fish_tuning.scoring.inputs.outputs import logits_of
 from fish_tuning.scoring.inputs.positions import (
+    LeftPadding,
     is_padded_left,
+    left_padding,
     positions_from_mask,
-    skipping_padding_helps,
+    reads_padding,
 )
 from fish_tuning.scoring.inputs.reading import read_batch
 
@@ -49,7 +51,10 @@ class Forward:
         self._dropped: set[str] = set()
         self._caches = "use_cache" in self._named or _passes_on(self.base, "use_cache")
         self._labels_needed = LABELS in self._required
-        self._skipping_helps: bool | None = None
+        self._left_padding: LeftPadding | None = None
+        self.predicts_first_token = False
+        """Whether the loss may have a term for the first token after padding on the left. Then a
+        batch in which this token has a label is left exactly as it is given."""
 
     def takes(self, key: str) -> bool:
         """Whether the model's forward takes an argument of this name."""
@@ -162,19 +167,47 @@ class Forward:
                 labels=labels
             )
 
-    def _skips_padding(self, batch: Batch, arguments: Mapping[str, Any]) -> bool:
-        """Whether to pass position ids that skip padding on the left, as `generate` does."""
-        if "position_ids" in arguments or not is_padded_left(arguments.get("attention_mask")):
+    def ignores_left_padding(self, batch: Batch) -> bool:
+        """Whether a call gives examples the outputs that they have without padding on the left."""
+        if not isinstance(batch, Mapping) or not self._may_ignore(batch):
             return False
-        if self._skipping_helps is None:
-            generates = getattr(self.base, "can_generate", bool)()
-            self._skipping_helps = (
-                generates
-                and "position_ids" in self._named
-                and not self.base.config.is_encoder_decoder
-                and skipping_padding_helps(self._logits, batch)
+        if self._left_padding is None:
+            self._left_padding = left_padding(
+                self._logits, batch, may_skip="position_ids" not in batch and self._may_skip()
             )
-        return self._skipping_helps
+        return self._left_padding is not LeftPadding.COUNTED
+
+    def _may_ignore(self, batch: Mapping[str, Any]) -> bool:
+        """Whether an example is padded on the left, and the loss does not read this padding."""
+        mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or not is_padded_left(mask):
+            return False
+        labels = batch.get(LABELS)
+        return not reads_padding(mask, labels, first_token=self.predicts_first_token)
+
+    def _skips_padding(self, batch: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+        """Whether to pass position ids that skip padding on the left, as `generate` does."""
+        return (
+            "position_ids" not in arguments
+            and is_padded_left(arguments.get("attention_mask"))
+            and self._may_skip()
+            and self.ignores_left_padding(batch)
+            and self._left_padding is LeftPadding.SKIPPED
+        )
+
+    def _may_skip(self) -> bool:
+        """Whether position ids may be passed: to what generates text, also inside a wrapper."""
+        if hasattr(self.base, "can_generate"):
+            takes = "position_ids" in self._named
+            models = [self.base]
+        else:
+            takes = self.takes("position_ids")
+            models = [m for m in self.base.modules() if isinstance(m, PreTrainedModel)]
+        return (
+            takes
+            and any(model.can_generate() for model in models)
+            and not any(model.config.is_encoder_decoder for model in models)
+        )
 
     def _logits(self, batch: Mapping[str, Any]) -> Any:
         arguments = self._arguments(batch)
