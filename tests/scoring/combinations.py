@@ -240,6 +240,7 @@ class Combination:
         loader: What is given to `calculate_fisher_information`.
         singles: Arguments of the model for each example alone.
         may_refuse: Whether one clear sentence is a right answer too.
+        must_refuse: Whether a batch has a loss that is not the mean of its examples' losses.
         options: More arguments of `calculate_fisher_information`.
     """
 
@@ -248,6 +249,7 @@ class Combination:
     loader: Any
     singles: list[Example]
     may_refuse: bool
+    must_refuse: bool
     options: dict[str, Any]
 
 
@@ -275,8 +277,17 @@ def draw(seed: int) -> Combination:
         loader,
         singles,
         may_refuse,
+        loss in OF_THE_BATCH and _differ(loss, examples, size),
         options,
     )
+
+
+def _differ(loss: str, examples: list[Example], size: int) -> bool:
+    """Whether the loss of some batch is not the mean of its examples' losses alone."""
+    chunks = [*_chunks(examples, size)]
+    if loss == "weighted mean":  # The weights cancel out where all examples have one class.
+        return any(len({int(example["labels"]) for example in chunk}) > 1 for chunk in chunks)
+    return len(chunks[0]) > 1
 
 
 def _without_dropout(model: Any) -> Any:
@@ -340,10 +351,13 @@ def _padded(side: str, kind: Callable[[Example], Any] = dict) -> Callable[..., D
     def form(model: Any, examples: list[Example], size: int, rng: random.Random) -> Drawn:
         batches = [pad(chunk, side=side) for chunk in _chunks(examples, size)]
         singles = _rows(batches)
-        if side == "left" and getattr(model, "can_generate", bool)():
+        decoder = getattr(model, "can_generate", bool)() and not model.config.is_encoder_decoder
+        if side == "left" and decoder:
             # Positions that skip the padding make an example what it is without padding.
             singles = [pad([example]) for example in examples]
-        return model, [kind(batch) for batch in batches], singles, False
+        # BLOOM's attention is NaN where a row of its mask is empty.
+        may_refuse = side == "left" and model.config.model_type == "bloom"
+        return model, [kind(batch) for batch in batches], singles, may_refuse
 
     return form
 
@@ -459,7 +473,7 @@ def _flattened(model: Any, examples: list[Example], size: int, rng: random.Rando
         {key: value.unsqueeze(0) for key, value in example.items() if key != "attention_mask"}
         for example in examples
     ]
-    takes_positions = type(model).__name__ not in ("BloomForCausalLM",)
+    takes_positions = model.config.model_type not in ("bloom", "opt")
     return model, batches, singles, not takes_positions or hasattr(model, "peft_config")
 
 
@@ -506,6 +520,8 @@ def reference(combination: Combination) -> dict[str, Tensor]:
     for example in combination.singles:
         outputs = model(**example)
         loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+        if not loss.requires_grad:  # The likelihood of the same value is scored.
+            loss = F.cross_entropy(outputs.logits, example["labels"])
         gradients = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -5,7 +5,7 @@ import torch
 
 from fish_tuning import calculate_fisher_information
 from tests.models import assert_scores_close
-from tests.scoring.combinations import OF_THE_BATCH, draw, reference
+from tests.scoring.combinations import draw, reference
 
 ROUNDING = 2e-5
 """transformers rounds a language model's logits to float32 in its own loss."""
@@ -31,8 +31,7 @@ def check(seed: int) -> str | None:
         assert combination.may_refuse, f"{combination.name} is refused: {refusal}"
         assert len(refusal) < LONGEST_SENTENCE, combination.name
         return refusal
-    of_the_batch = any(f"loss {name}," in combination.name for name in OF_THE_BATCH)
-    assert not of_the_batch or "in batches of 1," in combination.name, (
+    assert not combination.must_refuse, (
         f"{combination.name} is scored, though no example has a loss of its own"
     )
     try:

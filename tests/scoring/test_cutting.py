@@ -48,6 +48,14 @@ def test_padding_that_the_head_reads_is_kept(how):
     assert_scores_close(scored(model, [batch]), loop(model, batch))
 
 
+def test_labels_of_tokens_are_cut_contiguously():
+    """Guards models that call `view` on their labels, as transformers' token classifiers do."""
+    model = with_lora(tiny_bert(task="TokenClassification"), init_lora_weights=False).double()
+    batch = pad(examples_for(model, 4, shortest=3, longest=6))
+    wider = {key: F.pad(v, (0, 3), value=-100 * (key == "labels")) for key, v in batch.items()}
+    assert_scores_close(scored(model, [wider]), loop(model, batch))
+
+
 def test_big_bird_keeps_its_attention():
     """Guards against padding that decides how BigBird attends, and against a changed model."""
     torch.manual_seed(0)

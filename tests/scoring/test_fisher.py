@@ -22,6 +22,7 @@ from tests.models import (
     examples_for,
     naive_scores,
     pad,
+    tiny_bart,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -717,3 +718,15 @@ def test_loss_fn_of_the_wrong_kind_is_refused(model, loss_fn, message):
     """Guards against the mean of a batch taken for an example's loss."""
     with pytest.raises(ValueError, match=message):
         scored(model, batches_of(examples_for(model, 4), 4), loss_fn=loss_fn)
+
+
+def test_positions_that_take_the_shape_of_their_input():
+    """Guards BART's positions: after the first batch, backward went past them."""
+    model = tiny_bart().double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed_positions" in name or "shared" in name)
+    examples = examples_for(model, 4)
+    assert_scores_close(
+        calculate_fisher_information(model, batches_of(examples, 1), progress=False),
+        naive_scores(model, examples),
+    )

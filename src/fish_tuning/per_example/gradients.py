@@ -36,7 +36,8 @@ class _Recording:
         size: The number of examples.
         progress: What earlier attempts at this batch have added.
         loss: The number of the loss that comes next.
-        roots: Where backward ends: the outputs of watched modules whose inputs need no gradient.
+        roots: Where backward ends: the outputs of watched modules that pass no gradient on to their
+            inputs.
         shared: Modules called with one row for the whole batch, and their expanded outputs.
         expected: By bundle, the number of calls in the forward pass.
         arrived: By bundle, the calls that backward has reached.
@@ -221,6 +222,9 @@ class PerExampleGradients:
         if not output.requires_grad:
             return None
         recording = self._recording
+        is_root = not x.requires_grad or (
+            module in self._sources.recomputed and not _leads_to(x, output)
+        )
         shared = len(x) == len(output) == 1 < recording.size
         if shared:
             # One row for the whole batch, such as positions or a prompt. Once it is expanded to a
@@ -231,7 +235,7 @@ class PerExampleGradients:
         if not recording.forward_over:
             if shared:
                 recording.shared.append((module, output))
-            if not x.requires_grad:
+            if is_root:
                 # Not the tensor: a model may overwrite it (CTRL scales its embeddings in place),
                 # and backward would end there, before it reaches this module.
                 recording.roots.append(get_gradient_edge(output))
@@ -264,6 +268,23 @@ def _autocast(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast is set to on a tensor's device, if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _leads_to(x: Tensor, output: Tensor) -> bool:
+    """Whether backward from a module's output reaches its input.
+
+    BART's positions take no more than the shape of their input.
+    """
+    end = get_gradient_edge(x).node
+    seen, stack = set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is end:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def _leaves(output: Tensor) -> set[int]:

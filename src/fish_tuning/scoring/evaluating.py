@@ -57,16 +57,22 @@ def _configs_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]
     return [(values, dict(values)) for values in settings]
 
 
-_State = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+_Caches = dict[str, tuple[Any, torch.Tensor | None]]
+_State = tuple[dict[str, Any], dict[str, Any], _Caches]
 
 
 def _state_of(module: nn.Module) -> _State:
     """What a forward pass may change in a module: settings, children and caches in buffers.
 
-    BigBird replaces its attention when a text is short, and RoPE may grow with the longest one.
+    BigBird replaces its attention when a text is short. RoPE may grow with the longest one, and
+    then replaces its frequencies or writes into them.
     """
     settings = {k: v for k, v in vars(module).items() if isinstance(v, _SETTINGS)}
-    caches = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
+    caches: _Caches = {}
+    for name in module._non_persistent_buffers_set:
+        buffer = module._buffers.get(name)
+        numbers = buffer.clone() if buffer is not None and buffer.is_floating_point() else None
+        caches[name] = buffer, numbers
     return settings, dict(module._modules), caches
 
 
@@ -74,7 +80,7 @@ _SETTINGS = (bool, int, float, str)
 
 
 def _restore(
-    module: nn.Module, settings: dict[str, Any], children: dict[str, Any], caches: dict[str, Any]
+    module: nn.Module, settings: dict[str, Any], children: dict[str, Any], caches: _Caches
 ) -> None:
     for name, value in settings.items():
         if name != "training" and vars(module).get(name) != value:
@@ -82,6 +88,8 @@ def _restore(
     for name, child in children.items():
         if module._modules.get(name) is not child:
             module._modules[name] = child
-    for name, cache in caches.items():
+    for name, (cache, numbers) in caches.items():
+        if numbers is not None:
+            cache.copy_(numbers)
         if name in module._buffers and module._buffers[name] is not cache:
             module._buffers[name] = cache

@@ -53,7 +53,12 @@ def calculate_fisher_information(
     Labels are read and losses computed as transformers models do: single-label and multi-label
     classification, regression, token classification, causal and sequence-to-sequence language
     models, with -100 for positions without a label. The loss computed here is compared with the
-    model's own; a model with a different loss is scored by its own, one example at a time.
+    model's own loss of whole batches; a model with a different loss is scored by its own, one
+    example at a time. If the losses of the examples do not add up to that of their batch (class
+    weights, in-batch negatives), no example has a loss of its own, and the batch is refused.
+
+    Padding on the right is cut only if the model's outputs stay the same. Padding on the left is
+    skipped by position ids only if the outputs are then those of the unpadded example.
 
     Rows that hold several examples are scored by example: those of transformers'
     `DataCollatorWithFlattening` and of TRL's `packing` and `padding_free`, where `position_ids`
@@ -72,8 +77,10 @@ def calculate_fisher_information(
     Args:
         model: Any transformers or PEFT model, or an `nn.Module` whose output is the logits or has
             `logits`. For a `DistributedDataParallel`, the wrapped module is scored.
-        calibration_dataloader: A `DataLoader` or any iterable of batches, which are mappings with
-            the key `labels`. Keys that the model does not take are dropped (logged once).
+        calibration_dataloader: A `DataLoader` or any iterable of batches: mappings with the key
+            `labels`; pairs (inputs, labels); or triples (input ids, attention mask, labels) if
+            their values show which is which. Values may be nested mappings, or lists of numbers.
+            Keys that the model does not take are dropped (logged once).
         device: Where to score. The model is moved there and stays there. By default it is not
             moved.
         estimator: "empirical" takes y from the data. "true" takes the expectation over

@@ -317,13 +317,16 @@ class Objective:
         return loss
 
     def _is_worth_checking(self, batch: Batch) -> bool:
-        """Whether to compare with the model's own loss: on every kind of batch once.
+        """Whether to compare with the model's own loss.
 
-        Where every example has one label, this costs next to nothing and is always done: a set
-        that is sorted by class shows the weights of classes late.
+        Always, as weights of classes or tokens may show late: in a set that is sorted by class, or
+        with the first rare token. Only the losses that transformers computes for tokens have no
+        such weights, and cost much to compare. They are compared on every kind of batch once.
         """
         labels = labels_of(batch)
-        if not isinstance(labels, Tensor) or labels.dim() < 2 or not is_usual(batch):
+        if not has_classes(labels) or labels.dim() < 2 or not is_usual(batch):
+            return True
+        if self.forward.has_own_loss:
             return True
         return batch_size(batch) > 1 and kind_of(batch) not in self._checked
 

@@ -53,3 +53,17 @@ def test_take_slices_what_is_by_example():
     assert part["flag"] is True
     x, y = take((torch.arange(4), torch.arange(4)), slice(2, 4))
     assert x.tolist() == y.tolist() == [2, 3]
+
+
+def test_positions_of_m_rope_are_divided_by_example():
+    """Guards against taking time, height and width for examples."""
+    positions = torch.arange(24).view(3, 4, 2)
+    part = take({"input_ids": torch.zeros(4, 2), "position_ids": positions}, slice(1, 2))
+    assert torch.equal(part["position_ids"], positions[:, 1:2])
+
+
+def test_rows_of_no_known_example_are_refused():
+    """Guards against giving patches to the wrong example."""
+    batch = {"input_ids": torch.zeros(2, 4), "pixel_values": torch.zeros(9, 3)}
+    with pytest.raises(ValueError, match=r"pixel_values has 9 rows for 2 examples.*batch_size=1"):
+        take(batch, slice(0, 1))

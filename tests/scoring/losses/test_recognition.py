@@ -131,6 +131,54 @@ def test_weights_that_come_late():
     assert_scores_close(scored(model, loader), loop(model, loader))
 
 
+def rare_token(out, labels):
+    """The mean over all tokens, in which token 2 counts five times."""
+    z, y = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return ((1 + 4 * (y == 2)) * each(z, y)).mean()
+
+
+def positives(out, labels):
+    weight = 10 * torch.ones(C, dtype=torch.float64)
+    return F.binary_cross_entropy_with_logits(out.logits, labels, pos_weight=weight)
+
+
+def outliers(out, labels):
+    return 2 * F.huber_loss(out.logits, labels, delta=5.0)
+
+
+LATE = {
+    "rare token": (rare_token, tiny_llama),
+    "positives": (positives, tiny_bert),
+    "outliers": (outliers, tiny_bert),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("loss", LATE)
+def test_labels_that_come_late(loss, size):
+    """Guards losses of a model's own, whose first batches may look like a plain one."""
+    own, build = LATE[loss]
+
+    class Own(type(build())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **_):
+            out = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            out.loss = None if labels is None else own(out, labels)
+            return out
+
+    task = None if build is tiny_llama else "SEQ_CLS"
+    model = with_lora(Own(build().config), init_lora_weights=False, task_type=task).double()
+    ids = torch.randint(3, 40, (6, 5), generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(6, C, dtype=torch.float64)
+    if loss == "rare token":
+        ids[3:, 2] = 2
+        labels = ids
+    else:
+        labels[3:] = 20 if loss == "outliers" else 1
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    loader = [{k: v[i : i + size] for k, v in columns.items()} for i in range(0, 6, size)]
+    assert_scores_close(scored(model, loader), loop(model, loader))
+
+
 @pytest.mark.parametrize("aux", [False, True])
 def test_a_routers_loss(aux):
     """Guards against a balance of the whole batch that no example has."""

@@ -1,9 +1,8 @@
 """What a batch is: how many examples it has, and taking some of them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -17,29 +16,6 @@ IGNORED = -100
 
 # Their first axis is the batch. That of pixels may be images, tiles or patches.
 _BY_EXAMPLE = (LABELS, "input_ids", "attention_mask")
-
-
-class Ragged:
-    """The rows of a tensor by example: an example may have any number of them.
-
-    Args:
-        parts: The rows of each example.
-    """
-
-    def __init__(self, parts: Iterable[Tensor]) -> None:
-        self.parts = tuple(parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no example has a row."""
-        return not any(len(part) for part in self.parts)
-
-    def joined(self) -> Tensor:
-        """The rows of all examples in one tensor."""
-        return torch.cat(self.parts)
 
 
 class OneExample(Sequence[Any]):
@@ -109,8 +85,6 @@ def with_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         return {key: with_tensors(v, function) for key, v in value.items()}
-    if isinstance(value, Ragged):
-        return Ragged([with_tensors(v, function) for v in value.parts])
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value)(with_tensors(v, function) for v in value)
     return value
@@ -128,7 +102,7 @@ def described(batch: Any) -> str:
 def _shape(value: Any) -> str:
     if isinstance(value, Tensor):
         return str(tuple(value.shape))
-    if isinstance(value, list | tuple | Ragged):
+    if isinstance(value, list | tuple):
         return f"{type(value).__name__} of {len(value)}".lower()
     return type(value).__name__
 
@@ -137,8 +111,6 @@ def _part(key: str, value: Any, size: int, rows: slice | Sequence[int]) -> Any:
     """The rows of one entry of a batch of `size` examples."""
     if isinstance(value, Mapping):
         return {inner: _part(inner, v, size, rows) for inner, v in value.items()}
-    if isinstance(value, Ragged):
-        return Ragged(_rows(value.parts, rows))
     if isinstance(value, list | tuple):
         by_example = len(value) == size
         return _rows(value, rows) if by_example else [_part(key, v, size, rows) for v in value]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fish_tuning.engines import device_of
-from fish_tuning.scoring.inputs.batches import LABELS, Batch, Ragged, described, with_tensors
+from fish_tuning.scoring.inputs.batches import LABELS, Batch, described, with_tensors
 from fish_tuning.scoring.inputs.outputs import logits_of
 from fish_tuning.scoring.inputs.positions import (
     LeftPadding,
@@ -55,6 +55,16 @@ class Forward:
         self.predicts_first_token = False
         """Whether the loss may have a term for the first token after padding on the left. Then a
         batch in which this token has a label is left exactly as it is given."""
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the forward pass or the loss is the caller's own, and not transformers'."""
+        parts = [self.base.forward]
+        if isinstance(self.base, PreTrainedModel):
+            parts.append(self.base.loss_function)
+        return not all(
+            getattr(part, "__module__", "").startswith("transformers.") for part in parts
+        )
 
     def takes(self, key: str) -> bool:
         """Whether the model's forward takes an argument of this name."""
@@ -103,7 +113,7 @@ class Forward:
         A forward of the caller's own may need labels to compute what it returns. Afterwards labels
         are always passed if it does.
         """
-        if self._labels_needed or type(self.base).forward.__module__.startswith("transformers."):
+        if self._labels_needed or not self.has_own_loss:
             return
         try:
             with torch.no_grad():
@@ -125,14 +135,9 @@ class Forward:
                 "arguments of forward, or give pairs (input, labels)"
             )
         self._report_dropped(batch.keys() - taken.keys() - {LABELS})
-        arguments = {
-            key: value.joined() if isinstance(value, Ragged) else value
-            for key, value in taken.items()
-            if not (isinstance(value, Ragged) and value.is_empty)
-        }
         if self._caches:
-            arguments.setdefault("use_cache", False)
-        return arguments
+            taken.setdefault("use_cache", False)
+        return taken
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Calls the model; keywords that something below its forward refuses are dropped."""
