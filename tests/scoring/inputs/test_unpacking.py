@@ -229,7 +229,8 @@ def test_a_loss_of_the_models_own():
     model = lora(tiny_llama()).double()
 
     def loss_function(logits, labels, **_):
-        return F.cross_entropy(logits[0, :-1], labels[0, 1:], label_smoothing=0.3)
+        tokens, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.cross_entropy(tokens, targets, label_smoothing=0.3)
 
     def loss(model, example):
         return loss_function(model(example["input_ids"][None]).logits, example["labels"][None])
