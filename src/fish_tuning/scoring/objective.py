@@ -26,8 +26,14 @@ from fish_tuning.scoring.inputs.labels import (
     most_labeled,
     predicted_from_text,
 )
-from fish_tuning.scoring.inputs.outputs import logits_of, loss_of
-from fish_tuning.scoring.losses.checks import check_finite, check_independent, scalar
+from fish_tuning.scoring.inputs.outputs import logits_of, loss_is_second, loss_of
+from fish_tuning.scoring.losses.checks import (
+    UNCERTAIN_LOSS,
+    check_finite,
+    check_independent,
+    check_shift,
+    scalar,
+)
 from fish_tuning.scoring.losses.likelihood import (
     Likelihood,
     SingleLabel,
@@ -176,10 +182,12 @@ class Objective:
             own = scalar(own)
             check_finite(own.reshape(1), [numbers[position]])
         shapes = _shape(logits), _shape(labels)
+        after_logits = loss_is_second(outputs)
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
             self.forward.leave_labels_out_only_if_equal(one, logits)
             self._alone = None if own is None else (numbers[position], float(own.detach()))
             kinds = fitting(logits, labels, own, labels_of(batch))
+            check_shift(kinds, own, batch)
             if own is not None:
                 comparison = OwnLoss(own, logits, labels, kinds)
                 del outputs, logits
@@ -189,7 +197,7 @@ class Objective:
             self._likelihood = kinds[0] if kinds else None
         if self._likelihood is None:
             self.forward.predicts_first_token = True
-            self._check_own_loss(own, *shapes)
+            self._check_own_loss(own, *shapes, certain=not after_logits)
 
     def check_batch(self, batch: Batch, numbers: Sequence[int]) -> None:
         """Compares the recognized loss of a batch that is scored one by one with the model's own.
@@ -240,12 +248,16 @@ class Objective:
             if isinstance(logits, Tensor):
                 check_classes(logits, labels)
 
-    def _check_own_loss(self, own: Tensor | None, logits: object, labels: object) -> None:
+    def _check_own_loss(
+        self, own: Tensor | None, logits: object, labels: object, *, certain: bool = True
+    ) -> None:
         if own is None:
             raise ValueError(
                 f"no likelihood fits logits of shape {logits} and labels of shape {labels}, and "
                 "the model returns no loss: pass a loss_fn(outputs, batch)"
             )
+        if not certain:
+            raise ValueError(UNCERTAIN_LOSS)
         if self._estimator == "true" or self._reduction == "sum":
             raise ValueError(
                 "the model's own loss is not one of the known likelihoods; score it with "

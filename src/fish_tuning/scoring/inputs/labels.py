@@ -29,6 +29,22 @@ def most_labeled(batch: Batch) -> int:
     return int((labels != IGNORED).reshape(len(labels), -1).sum(1).argmax())
 
 
+def copies_input(batch: Batch) -> bool:
+    """Whether the labels of tokens are the tokens themselves, as those of language models are."""
+    labels = labels_of(batch)
+    if not has_classes(labels) or labels.dim() < 2:
+        return False
+    inputs = (
+        [v for k, v in batch.items() if k != LABELS] if isinstance(batch, Mapping) else batch[:1]
+    )
+    return any(
+        isinstance(value, Tensor)
+        and value.shape == labels.shape
+        and bool(((labels == value) | (labels == IGNORED)).all())
+        for value in inputs
+    )
+
+
 _USUAL = {LABELS, "input_ids", "attention_mask", "token_type_ids", "position_ids"} | {
     "decoder_input_ids",
     "decoder_attention_mask",

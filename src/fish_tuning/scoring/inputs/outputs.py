@@ -7,11 +7,16 @@ from torch import Tensor
 
 
 def loss_of(outputs: Any) -> Tensor | None:
-    """The model's own loss, if there is one: `loss`, or the first item of a tuple (a scalar)."""
+    """The model's own loss, if there is one: `loss`, or a scalar among the first two of a tuple."""
     if _is_plain_sequence(outputs):
-        return outputs[0] if outputs and _is_scalar(outputs[0]) else None
+        return next(filter(_is_scalar, outputs[:2]), None)
     loss = _named(outputs, "loss")
     return loss if isinstance(loss, Tensor) else None
+
+
+def loss_is_second(outputs: Any) -> bool:
+    """Whether the loss comes after the logits, as from TRL's models with a value head."""
+    return _is_plain_sequence(outputs) and len(outputs) > 1 and not _is_scalar(outputs[0])
 
 
 def logits_of(outputs: Any) -> Any:
@@ -19,10 +24,9 @@ def logits_of(outputs: Any) -> Any:
     if isinstance(outputs, Tensor):
         return outputs
     if _is_plain_sequence(outputs):
-        rest = outputs[1:] if loss_of(outputs) is not None else outputs
         # Without labels a module of one's own may return (None, logits).
-        rest = [item for item in rest if item is not None]
-        return rest[0] if rest else None
+        loss = loss_of(outputs)
+        return next((item for item in outputs if item is not None and item is not loss), None)
     return _named(outputs, "logits")
 
 

@@ -6,6 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fish_tuning.scoring.inputs.batches import Batch
+from fish_tuning.scoring.inputs.labels import copies_input
+from fish_tuning.scoring.losses.likelihood import Likelihood, Tokens
+
+UNCERTAIN_LOSS = (
+    "the model returns its logits and then a number, which agrees with no known loss, so it is not "
+    "certain that it is the loss: return (loss, logits) or a mapping with 'loss', or pass a "
+    "loss_fn(outputs, batch)"
+)
+
 
 def check_finite(losses: Tensor, numbers: Sequence[int]) -> None:
     """Checks that no loss is NaN or infinite.
@@ -24,6 +34,25 @@ def check_finite(losses: Tensor, numbers: Sequence[int]) -> None:
         raise ValueError(
             f"the loss of calibration example {numbers[i]} is {float(losses[i])}: look at its "
             "inputs and labels, and at the model's weights (half precision overflows easily)"
+        )
+
+
+def check_shift(kinds: Sequence[Likelihood], own: Tensor | None, batch: Batch) -> None:
+    """Checks that the labels of a batch show which logits predict them, if no loss does.
+
+    Args:
+        kinds: Likelihoods that fit the shapes of logits and labels.
+        own: The model's own loss.
+        batch: The batch.
+
+    Raises:
+        ValueError: They are the input's tokens: this token may be predicted, or the next one.
+    """
+    if own is None and Tokens(shifted=True) in kinds and copies_input(batch):
+        raise ValueError(
+            "the labels are the tokens of the input, and the model returns no loss that tells "
+            "whether its logits predict this token or the next: return the loss if forward is "
+            "given labels, or pass a loss_fn(outputs, batch)"
         )
 
 
