@@ -71,7 +71,10 @@ def mean_over_examples(
     unpack = Unpacker(objective.forward)
     with evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
-            batch, most_tokens = unpack(objective.read(batch))
+            batch = objective.read(batch)
+            if batch_size(batch) == 0:
+                continue
+            batch, most_tokens = unpack(batch)
             batch = _first(objective.forward.on_device(batch), num_samples, count)
             numbers = range(count, count + batch_size(batch))
             if scorer is None and objective.has_label(batch):

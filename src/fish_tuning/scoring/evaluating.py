@@ -18,7 +18,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in evaluation mode and gradients are on.
 
     Modes, configs and random number generators are restored afterwards.
+
+    Raises:
+        ValueError: Gradients cannot be on.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() permits no gradients: score the model outside it")
     modes = {module: module.training for module in model.modules()}
     configs = _configs_of(model)
     before = {module: _state_of(module) for module in model.modules()}

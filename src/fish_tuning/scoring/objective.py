@@ -38,9 +38,9 @@ from fish_tuning.scoring.losses.likelihood import (
     Likelihood,
     SingleLabel,
     Tokens,
-    check_classes,
     generator_of,
 )
+from fish_tuning.scoring.losses.one_example import outputs_of_one
 from fish_tuning.scoring.losses.own_loss import OwnLoss
 from fish_tuning.scoring.losses.recognition import adds_up, explains, fitting, rounding
 
@@ -165,11 +165,8 @@ class Objective:
         """
         position = most_labeled(batch)
         one = take(batch, slice(position, position + 1))
-        try:
-            outputs = self.forward(one, with_labels=self._loss_fn is None)
-        except IndexError:
-            self._check_labels(one)
-            raise
+        with_labels = self._loss_fn is None
+        outputs = outputs_of_one(self.forward, one, batch, with_labels=with_labels)
         if self._loss_fn is not None:
             return
         own, logits, labels = loss_of(outputs), logits_of(outputs), labels_of(one)
@@ -239,14 +236,6 @@ class Objective:
                 "per example"
             )
         self._checked.add(kind_of(batch))
-
-    def _check_labels(self, one: Batch) -> None:
-        """Says so if the model failed because a label is not one of its classes."""
-        labels = labels_of(one)
-        if self._loss_fn is None and isinstance(labels, Tensor) and not labels.is_floating_point():
-            logits = logits_of(self.forward(one, with_labels=False))
-            if isinstance(logits, Tensor):
-                check_classes(logits, labels)
 
     def _check_own_loss(
         self, own: Tensor | None, logits: object, labels: object, *, certain: bool = True

@@ -4,12 +4,21 @@ from collections import namedtuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fish_tuning import calculate_fisher_information
-from tests.models import assert_scores_close, examples_for, pad, tiny_bert, tiny_llama, with_lora
+from tests.models import (
+    assert_scores_close,
+    examples_for,
+    naive_scores,
+    pad,
+    tiny_bert,
+    tiny_llama,
+    with_lora,
+)
 
 IDS = torch.randint(2, 40, (4, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -143,3 +152,53 @@ def test_padded_examples_are_still_padded():
     batch = pad(examples_for(model, 5))
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     assert_scores_close(scored(model, [(inputs, batch["labels"])]), scored(model, [batch]))
+
+
+def test_arrays_of_numbers_are_read():
+    """Guards NumPy's arrays, which have all that a tensor has."""
+    model = adapted(tiny_bert)
+    expected = scored(model, [{"input_ids": IDS, "labels": CLASSES}])
+    batch = {"input_ids": IDS.numpy(), "labels": CLASSES.numpy()}
+    for loader in ([batch], [tuple(batch.values())]):
+        assert_scores_close(scored(model, loader), expected)
+
+
+def test_a_batch_of_no_example_is_passed_over():
+    """Guards against an error, or a score, for the empty rest of a data set."""
+    model = adapted(tiny_bert)
+    batch = {"input_ids": IDS, "labels": CLASSES}
+    empty = {key: value[:0] for key, value in batch.items()}
+    assert_scores_close(scored(model, [empty, batch, empty]), scored(model, [batch]))
+
+
+def test_labels_for_each_output_are_divided():
+    """Guards a list of labels, one tensor for each head, against being read as examples."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 2)
+
+        def forward(self, input_ids, labels=None):
+            x = input_ids.double() / 40
+            logits = self.a(x), self.b(x)
+            losses = [F.cross_entropy(*pair) for pair in zip(logits, labels, strict=True)]
+            return {"loss": sum(losses), "logits": logits}
+
+    model = Heads().double()
+    rows = [
+        {"input_ids": IDS[i : i + 1], "labels": [CLASSES[i : i + 1], CLASSES[i : i + 1] % 2]}
+        for i in range(len(IDS))
+    ]
+    expected = naive_scores(model, rows, loss=lambda model, row: model(**row)["loss"])
+    batch = {"input_ids": IDS, "labels": [CLASSES, CLASSES % 2]}
+    assert_scores_close(scored(model, [batch]), expected)
+
+
+def test_gradients_are_needed():
+    """Guards against a message about parameters that the loss does not use."""
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"inference_mode\(\) .* outside it"),
+    ):
+        scored(adapted(tiny_bert), [{"input_ids": IDS, "labels": CLASSES}])

@@ -49,7 +49,7 @@ def batch_size(batch: Batch) -> int:
         return 1
     if isinstance(batch, Mapping):
         labels = batch.get(LABELS)
-        if isinstance(labels, list | tuple):
+        if isinstance(labels, list | tuple) and not _is_by_output(labels, batch):
             return len(labels)
         values = [batch.get(key) for key in _BY_EXAMPLE] + [*batch.values()]
     else:
@@ -60,8 +60,8 @@ def batch_size(batch: Batch) -> int:
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)
     raise ValueError(
-        f"no tensor in a calibration batch ({described(batch)}): tokenize the texts and collate "
-        "them into tensors"
+        f"no tensor in a calibration batch ({described(batch)}): tokenize texts, collate examples, "
+        "and make tensors of other tables (torch.tensor(frame.to_numpy()))"
     )
 
 
@@ -129,6 +129,14 @@ def _part_of_tensor(key: str, value: Tensor, size: int, rows: slice | Sequence[i
             "which example: use batches of one example (batch_size=1)"
         )
     return value
+
+
+def _is_by_output(labels: Sequence[Any], batch: Mapping[str, Any]) -> bool:
+    """Whether a list has a tensor with the labels of all examples for each output of the model."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or len(ids) == len(labels):
+        return False
+    return all(isinstance(v, Tensor) and v.shape[:1] == ids.shape[:1] for v in labels)
 
 
 def _rows(values: Sequence[Any], rows: slice | Sequence[int]) -> Sequence[Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -75,6 +76,8 @@ def read_batch(
         )
     if value and isinstance(value[0], Mapping):
         return _read_mapping_and_labels(value)
+    if any(isinstance(item, np.ndarray) for item in value):
+        value = [_numbers_as_tensor("input", item) for item in value]
     return _read_items(value, arguments, takes_labels) if only_labels else value
 
 
@@ -166,7 +169,9 @@ def _looks_like_a_mask(inputs: Any, labels: Any) -> bool:
 
 
 def _numbers_as_tensor(key: str, value: Any) -> Any:
-    """A list of numbers, or of lists of them, as a tensor; anything else as it is."""
+    """A list of numbers, or of lists of them, or an array as a tensor; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.tensor(value)
     leaf = value
     while isinstance(leaf, list | tuple) and leaf:
         leaf = leaf[0]
