@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, Trainer
 
 from fish_tuning import FishConfig, get_fish_model, get_mask, mask_trainer
 from fish_tuning.from_trainer.examples import TrainerExamples
@@ -169,3 +169,23 @@ def test_labels_of_other_names(tmp_path):
     trainer = plain(tmp_path, model=model, train_dataset=rows)
     _, scores = score_trainer(trainer, ALL, progress=False)
     assert_scores_close(scores, own_loss_scores(trainer), rtol=1e-4)
+
+
+class Warns(DataCollatorWithPadding):
+    """Notes what it has warned of, as the collator of sentence-transformers does."""
+
+    warned = None
+
+    def __call__(self, features):
+        self.warned.add(tuple(features[0]))
+        return super().__call__(features)
+
+
+def test_collators_forget_what_they_saw(tmp_path):
+    """Guards a warning that training would not give any more."""
+    collator = Warns(tiny_tokenizer())
+    collator.warned = set()
+    trainer = plain(tmp_path, data_collator=collator)
+    mask_trainer(trainer, progress=False)
+    assert trainer.data_collator is collator
+    assert collator.warned == set()

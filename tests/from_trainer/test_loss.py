@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from transformers import Trainer
 
 from fish_tuning import get_mask, mask_trainer
 from fish_tuning.from_trainer.loss import trains_on_model_loss
@@ -13,6 +14,7 @@ from tests.from_trainer.trainers import (
     SCORED_PAIRS,
     TRAINERS,
     TRIPLES,
+    Weighted,
     own_loss_scores,
     plain,
     sentence_trainer,
@@ -124,3 +126,41 @@ def test_a_model_masked_under_its_trainer(tmp_path):
     trainer.loss = own
     trainer.train()
     assert_trained_where_selected(trainer.model, mask, before)
+
+
+class TurnsDropoutOn(Weighted):
+    def compute_loss(self, model, inputs, **options):
+        model.train()
+        return super().compute_loss(model, inputs, **options)
+
+
+class TurnsPartsOn(Weighted):
+    def compute_loss(self, model, inputs, **options):
+        model.base_model.train()
+        return super().compute_loss(model, inputs, **options)
+
+
+def test_a_loss_that_turns_dropout_on(tmp_path):
+    """Guards scores of a random part of the model."""
+    _, expected = score_trainer(plain(tmp_path, Weighted), ALL, progress=False)
+    trainer = plain(tmp_path, TurnsDropoutOn)
+    _, scores = score_trainer(trainer, ALL, progress=False)
+    assert_scores_close(scores, expected)
+    assert "train" not in vars(trainer.model)
+    with pytest.raises(ValueError, match=r"TurnsPartsOn.compute_loss turns on the training mode"):
+        score_trainer(plain(tmp_path, TurnsPartsOn), ALL, progress=False)
+
+
+class Adversarial(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_training_step_of_its_own_is_told(tmp_path, caplog):
+    """Guards silence about a loss that is not all that a Trainer trains with."""
+    mask_trainer(plain(tmp_path, Adversarial), progress=False)
+    assert "Adversarial has a training_step of its own: scored is the loss" in caplog.text
+    caplog.clear()
+    for build in (plain, sft):
+        mask_trainer(build(tmp_path), progress=False)
+    assert "training_step" not in caplog.text

@@ -222,6 +222,7 @@ HALF = FishConfig(keep_ratio=0.5)
         (stepped, HALF, ValueError, "Trainer has begun to train: mask it before train()"),
         (masked, HALF, ValueError, "the model has a mask already: call remove_mask"),
         (lambda folder: plain(folder, train_dataset=None), HALF, ValueError, "no train_dataset"),
+        (lambda folder: plain(folder, train_dataset=[]), HALF, ValueError, "dataset .* is empty"),
         (frozen, HALF, ValueError, "no trainable parameter"),
         (replacing, HALF, ValueError, "model_init"),
         (lambda folder: plain(folder, Online), HALF, ValueError, "Online makes its training ex"),

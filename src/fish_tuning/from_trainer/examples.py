@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from fish_tuning.distributed import world
+from fish_tuning.from_trainer.undisturbed import copied
 from fish_tuning.scoring.inputs.batches import Batch, OneExample
 
 logger = logging.getLogger(__name__)
@@ -97,11 +98,16 @@ class TrainerExamples:
 
 
 def _with_own_state(collator: Any) -> Any:
-    """A copy of a collator that shares everything with it but the state of its generators."""
+    """A copy of a collator that shares everything with it but its generators and containers.
+
+    Collators note in sets and lists what they have warned of.
+    """
     collator = copy.copy(collator)
     for name, value in getattr(collator, "__dict__", {}).items():
         if isinstance(value, torch.Generator):
             setattr(collator, name, value.clone_state())
         elif isinstance(value, np.random.Generator):
             setattr(collator, name, copy.deepcopy(value))
+        elif (own := copied(value)) is not value:
+            setattr(collator, name, own)
     return collator

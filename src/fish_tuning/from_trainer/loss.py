@@ -1,8 +1,10 @@
 """The loss that a Trainer trains with, for one example at a time."""
 
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -12,6 +14,8 @@ from transformers import Trainer
 from fish_tuning.distributed import world
 from fish_tuning.engines import device_of
 from fish_tuning.scoring.inputs.segments import find_segments
+
+logger = logging.getLogger(__name__)
 
 
 def trains_on_model_loss(trainer: Any) -> bool:
@@ -48,11 +52,44 @@ def loss_of_example(trainer: Any) -> Callable[[Any], Tensor]:
         count = None
         if needs_count:
             _, count = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), _evaluating(trainer):
             value = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
         return _checked(trainer, value)
 
     return loss
+
+
+def report_training_step(trainer: Any) -> None:
+    """Says so if a Trainer's training step may add something to its loss."""
+    kind = type(trainer)
+    owner = next(base for base in kind.__mro__ if "training_step" in vars(base))
+    libraries = ("transformers", "trl", "sentence_transformers")
+    if "training_step" in vars(trainer) or owner.__module__.partition(".")[0] not in libraries:
+        logger.warning(
+            "%s has a training_step of its own: scored is the loss of compute_loss, without what "
+            "this step adds to it or changes",
+            kind.__name__,
+        )
+
+
+@contextmanager
+def _evaluating(trainer: Any) -> Iterator[None]:
+    """Inside the block `train()` does not turn dropout on in the Trainer's model.
+
+    Raises:
+        ValueError: A part of the model has been put into training mode nevertheless.
+    """
+    model = trainer.model
+    vars(model)["train"] = lambda mode=True: model
+    try:
+        yield
+    finally:
+        del vars(model)["train"]
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            f"{type(trainer).__name__}.compute_loss turns on the training mode of a part of the "
+            "model, and dropout would be scored: leave the mode as it is"
+        )
 
 
 def _check_not_gathering(trainer: Any) -> None:

@@ -10,7 +10,11 @@ from fish_tuning.config import FishConfig
 from fish_tuning.engines import check_maskable
 from fish_tuning.fish_model import score_and_select
 from fish_tuning.from_trainer.examples import TrainerExamples
-from fish_tuning.from_trainer.loss import loss_of_example, trains_on_model_loss
+from fish_tuning.from_trainer.loss import (
+    loss_of_example,
+    report_training_step,
+    trains_on_model_loss,
+)
 from fish_tuning.from_trainer.optimizers import follow_mask, parameter_names
 from fish_tuning.from_trainer.undisturbed import undisturbed
 from fish_tuning.mask.mask import FishMask
@@ -101,6 +105,8 @@ def score_trainer(
             "estimator='true' needs the model's p(y | x), and "
             f"{type(trainer).__name__} has a loss of its own: use estimator='empirical'"
         )
+    if config.uses_fisher:
+        report_training_step(trainer)
     examples = TrainerExamples(trainer, config.num_samples, config.seed, one_at_a_time=not by_model)
     with undisturbed(trainer):
         return score_and_select(
@@ -151,6 +157,11 @@ def _check(trainer: Any, config: Any) -> None:
     if trainer.train_dataset is None:
         raise ValueError(
             f"the {name} has no train_dataset to draw examples from: give it one, or choose "
+            "criterion='random' or 'magnitude'"
+        )
+    if not getattr(trainer.train_dataset, "__len__", lambda: 1)():
+        raise ValueError(
+            f"the train_dataset of the {name} is empty: give it one with examples, or choose "
             "criterion='random' or 'magnitude'"
         )
 

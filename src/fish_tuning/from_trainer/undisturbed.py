@@ -31,7 +31,7 @@ def _attributes_restored(part: Any) -> Iterator[None]:
     """Inside the block an object has copies of its containers; afterwards what it had before."""
     attributes = vars(part)
     before = dict(attributes)
-    attributes.update({name: _copied(value) for name, value in before.items()})
+    attributes.update({name: copied(value) for name, value in before.items()})
     try:
         yield
     finally:
@@ -39,15 +39,15 @@ def _attributes_restored(part: Any) -> Iterator[None]:
         attributes.update(before)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A copy of the built-in containers in a value, which share everything else with it."""
     if type(value) not in _CONTAINERS:
         return value
     copy = value.copy()
     if isinstance(copy, dict):
-        copy.update((key, _copied(item)) for key, item in copy.items())
+        copy.update((key, copied(item)) for key, item in copy.items())
     elif isinstance(copy, list):
-        copy[:] = map(_copied, copy)
+        copy[:] = map(copied, copy)
     return copy
 
 
