@@ -174,7 +174,7 @@ def test_labels_of_other_names(tmp_path):
 class Warns(DataCollatorWithPadding):
     """Notes what it has warned of, as the collator of sentence-transformers does."""
 
-    warned = None
+    warned: set[tuple[str, ...]]
 
     def __call__(self, features):
         self.warned.add(tuple(features[0]))

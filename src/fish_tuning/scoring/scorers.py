@@ -13,6 +13,7 @@ from fish_tuning.per_example.memory import is_out_of_memory
 from fish_tuning.per_example.sources import OnePassError
 from fish_tuning.per_example.sums import GradientSums, Progress
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
+from fish_tuning.scoring.losses.one_example import check_division
 from fish_tuning.scoring.objective import Objective, OwnLossError
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,11 @@ class OneByOne:
             one = take(batch, slice(i, i + 1))
             if not self._objective.by_example and not self._objective.has_label(one):
                 continue  # The model's own loss would be NaN.
-            losses = self._objective(one, [number])
+            try:
+                losses = self._objective(one, [number])
+            except (LookupError, RuntimeError) as error:
+                check_division(error, self._objective.forward, batch)
+                raise
             alone.append(losses[0].detach())
             for j, loss in enumerate(losses):
                 gradients = torch.autograd.grad(

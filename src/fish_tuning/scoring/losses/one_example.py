@@ -31,16 +31,30 @@ def outputs_of_one(forward: Forward, one: Batch, batch: Batch, *, with_labels: b
     try:
         return forward(one, with_labels=with_labels)
     except _ERRORS as error:
-        if batch_size(batch) > 1 and not is_out_of_memory(error) and _takes(forward, batch):
-            raise ValueError(
-                f"the model takes a calibration batch ({described(batch)}) but not a single "
-                "example of it: an entry has as many rows or items as there are examples, and "
-                "they are something else (weights of classes, images, several inputs); use "
-                f"batches of one example (batch_size=1) ({error})"
-            ) from error
+        check_division(error, forward, batch)
         if with_labels and isinstance(error, IndexError):
             _check_labels(forward, one)
         raise
+
+
+def check_division(error: Exception, forward: Forward, batch: Batch) -> None:
+    """Checks that a model which fails with one example of a batch fails with the batch, too.
+
+    Args:
+        error: What the model raised for the example.
+        forward: Calls the model.
+        batch: The batch.
+
+    Raises:
+        ValueError: The model takes the batch, so that it is divided wrongly.
+    """
+    if batch_size(batch) > 1 and not is_out_of_memory(error) and _takes(forward, batch):
+        raise ValueError(
+            f"the model takes a calibration batch ({described(batch)}) but not a single example of "
+            "it: an entry has as many rows or items as there are examples, and they are something "
+            "else (weights of classes, images, several inputs); use batches of one example "
+            f"(batch_size=1) ({error})"
+        ) from error
 
 
 @torch.no_grad()
