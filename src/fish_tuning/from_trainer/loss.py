@@ -80,11 +80,14 @@ def _evaluating(trainer: Any) -> Iterator[None]:
         ValueError: A part of the model has been put into training mode nevertheless.
     """
     model = trainer.model
-    vars(model)["train"] = lambda mode=True: model
+    attributes = vars(model)
+    before = {name: attributes[name] for name in ("train",) if name in attributes}
+    attributes["train"] = lambda mode=True: model
     try:
         yield
     finally:
-        del vars(model)["train"]
+        del attributes["train"]
+        attributes.update(before)
     if any(module.training for module in model.modules()):
         raise ValueError(
             f"{type(trainer).__name__}.compute_loss turns on the training mode of a part of the "
