@@ -1,8 +1,8 @@
-"""Arguments of the wrong type, refused in one sentence that says what to give."""
+"""Arguments of the wrong type or value, refused in one sentence that says what to give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -58,3 +58,18 @@ def check_mask(name: str, value: Any) -> None:
     if isinstance(value, str) or hasattr(value, "__fspath__"):
         wanted = f"FishMask.from_pretrained({str(value)!r})"
     check_type(name, value, Mapping, wanted)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Check that an argument has one of its allowed values.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        allowed: The values.
+
+    Raises:
+        ValueError: It has another value.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")

@@ -9,14 +9,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.arguments import check_integer, check_type
+from fish_tuning.arguments import check_choice, check_integer, check_type
 from fish_tuning.config import Estimator, Statistic, TokenReduction
 from fish_tuning.engines import unwrapped
 from fish_tuning.names import opposite_side, side_of
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.scoring.inputs.batches import Batch
 from fish_tuning.scoring.inputs.forward import Forward
-from fish_tuning.scoring.objective import ExampleLoss, LossFunction, Objective, check_choice
+from fish_tuning.scoring.objective import ExampleLoss, LossFunction, Objective
 from fish_tuning.scoring.scores import FishScores
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from fish_tuning.arguments import check_choice
 from fish_tuning.config import Estimator, TokenReduction
 from fish_tuning.scoring.cutting import Padding
 from fish_tuning.scoring.inputs.batches import (
@@ -20,6 +21,7 @@ from fish_tuning.scoring.inputs.batches import (
 from fish_tuning.scoring.inputs.forward import Forward
 from fish_tuning.scoring.inputs.labels import (
     has_classes,
+    has_many_labels,
     is_usual,
     kind_of,
     labels_of,
@@ -28,9 +30,11 @@ from fish_tuning.scoring.inputs.labels import (
 )
 from fish_tuning.scoring.inputs.outputs import logits_of, loss_is_second, loss_of
 from fish_tuning.scoring.losses.checks import (
-    UNCERTAIN_LOSS,
+    check_adds_up,
+    check_alone,
     check_finite,
     check_independent,
+    check_own_loss,
     check_shift,
     scalar,
 )
@@ -42,7 +46,7 @@ from fish_tuning.scoring.losses.likelihood import (
 )
 from fish_tuning.scoring.losses.one_example import outputs_of_one
 from fish_tuning.scoring.losses.own_loss import OwnLoss
-from fish_tuning.scoring.losses.recognition import adds_up, explains, fitting, rounding
+from fish_tuning.scoring.losses.recognition import explains, fitting, rounding
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
@@ -117,6 +121,7 @@ class Objective:
         self._alone: tuple[int, float] | None = None
         self.padding = Padding(forward)
         self._checked: set[frozenset[str]] = set()
+        self._scored_unchecked, self._undecided = False, False
 
     @property
     def one_at_a_time(self) -> bool:
@@ -144,12 +149,18 @@ class Objective:
     def has_label(self, batch: Batch) -> bool:
         """Whether the batch has an example to recognize the loss by.
 
-        An example whose labels are all -100 has no loss; it scores 0.
+        An example without one has no loss and scores 0. A label of -100 is none, nor is that of a
+        first token that nothing predicts.
         """
-        if self._loss_fn is not None:
-            return True
         labels = labels_of(batch)
-        return not has_classes(labels) or bool((labels != IGNORED).any())
+        if self._loss_fn is not None or not has_classes(labels):
+            return True
+        labeled = labels != IGNORED
+        if labels.dim() != 2 or bool(labeled[:, 1:].any()) or not bool(labeled.any()):
+            return bool(labeled.any())
+        with torch.no_grad():
+            own = loss_of(self.forward(batch, with_labels=True))
+        return own is None or not bool(own.isnan().all())
 
     def recognize(self, batch: Batch, numbers: Sequence[int]) -> None:
         """Calls the model with one example and finds out how its loss is computed.
@@ -190,11 +201,13 @@ class Objective:
                 del outputs, logits
                 kinds = comparison.agreeing()
             if kinds and isinstance(kinds[0], Tokens):
+                self._undecided = int((labels != IGNORED).sum()) <= 2
                 kinds = [replace(kinds[0], reduction=self._reduction)]
             self._likelihood = kinds[0] if kinds else None
         if self._likelihood is None:
             self.forward.predicts_first_token = True
-            self._check_own_loss(own, *shapes, certain=not after_logits)
+            options = self._estimator, self._reduction
+            check_own_loss(own, *options, *shapes, certain=not after_logits)
 
     def check_batch(self, batch: Batch, numbers: Sequence[int]) -> None:
         """Compares the recognized loss of a batch that is scored one by one with the model's own.
@@ -222,36 +235,11 @@ class Objective:
             return
         with torch.no_grad():
             own = loss_of(self.forward(batch, with_labels=True))
-        if own is None:
-            return
-        together, alone = own.mean(), torch.stack([loss.detach().reshape(()) for loss in losses])
-        labels = labels_of(batch)
-        if not adds_up(alone.to(together), labels, together, rounding(self.forward.base)):
-            raise ValueError(
-                f"the model's loss of {len(losses)} examples is {float(together):.6g}, and their "
-                f"own losses, {float(alone.mean()):.6g} on average, do not add up to it: it "
-                "compares or weighs the examples of a batch (class weights, a router's balance, "
-                "in-batch negatives), so that no example has a loss of its own. Leave that term "
-                "out (output_router_logits=False), or pass a loss_fn(outputs, batch) with one loss "
-                "per example"
-            )
+        if own is None or bool(own.isnan().any()):
+            return  # Nothing to compare with: no example has a label.
+        alone = torch.stack([loss.detach().reshape(()) for loss in losses])
+        check_adds_up(alone, labels_of(batch), own.mean(), rounding(self.forward.base))
         self._checked.add(kind_of(batch))
-
-    def _check_own_loss(
-        self, own: Tensor | None, logits: object, labels: object, *, certain: bool = True
-    ) -> None:
-        if own is None:
-            raise ValueError(
-                f"no likelihood fits logits of shape {logits} and labels of shape {labels}, and "
-                "the model returns no loss: pass a loss_fn(outputs, batch)"
-            )
-        if not certain:
-            raise ValueError(UNCERTAIN_LOSS)
-        if self._estimator == "true" or self._reduction == "sum":
-            raise ValueError(
-                "the model's own loss is not one of the known likelihoods; score it with "
-                "estimator='empirical' and token_reduction='mean', or pass a loss_fn"
-            )
 
     def __call__(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
         """The losses of a batch, each of shape (b,).
@@ -263,8 +251,7 @@ class Objective:
         Raises:
             ValueError: A loss is not finite or does not depend on any trainable parameter.
         """
-        losses = self._losses(batch, numbers)
-        for loss in losses:
+        for loss in (losses := self._losses(batch, numbers)):
             check_finite(loss, numbers)
             if not loss.requires_grad:
                 raise ValueError(
@@ -295,8 +282,9 @@ class Objective:
         logits, labels = logits_of(outputs), labels_of(batch)
         if checking:
             self._check_likelihood(self._likelihood, batch, numbers, outputs)
+        self._scored_unchecked |= not checking
         del outputs  # With the graph of the model's own loss.
-        shifted = isinstance(self._likelihood, Tokens) and self._likelihood.shifted
+        shifted = getattr(self._likelihood, "shifted", False)
         if shifted and self.forward.ignores_left_padding(batch):
             labels = predicted_from_text(labels, batch)
         if self._estimator == "empirical":
@@ -320,14 +308,11 @@ class Objective:
     def _is_worth_checking(self, batch: Batch) -> bool:
         """Whether to compare with the model's own loss.
 
-        Always, as weights of classes or tokens may show late: in a set that is sorted by class, or
-        with the first rare token. Only the losses that transformers computes for tokens have no
-        such weights, and cost much to compare. They are compared on every kind of batch once.
+        Always, because a later batch may be the first with a rare class, token or outlier that has
+        a weight. Only where transformers computes the loss of labels of tokens, another
+        cross-entropy over the vocabulary, the first batch with the same entries is enough.
         """
-        labels = labels_of(batch)
-        if not has_classes(labels) or labels.dim() < 2 or not is_usual(batch):
-            return True
-        if self.forward.has_own_loss:
+        if self.forward.has_own_loss or not (has_many_labels(batch) and is_usual(batch)):
             return True
         return batch_size(batch) > 1 and kind_of(batch) not in self._checked
 
@@ -343,10 +328,19 @@ class Objective:
         own, logits, labels = loss_of(outputs), logits_of(outputs), labels_of(batch)
         if own is None or bool(torch.isnan(own).any()):
             pass  # Nothing to compare with: no example has a label.
-        elif not explains(likelihood, logits, labels, own.mean()):
+        elif not (
+            explains(likelihood, logits, labels, own.mean())
+            and self._explains_alone(likelihood, batch, logits, labels)
+        ):
             self._likelihood = None
             self.forward.predicts_first_token = True
-            self._check_own_loss(own, _shape(logits), _shape(labels))
+            check_own_loss(own, self._estimator, self._reduction, _shape(logits), _shape(labels))
+            if self._scored_unchecked:
+                raise ValueError(
+                    f"the model's own loss of examples {numbers[0]} to {numbers[-1]} is not the "
+                    "likelihood by which earlier ones were scored: put a batch with these entries "
+                    f"({described(batch)}) first, or pass a loss_fn(outputs, batch)"
+                )
             raise OwnLossError("the model's own loss is not one of the known per-example losses")
         if self._alone is not None and self._alone[0] in numbers and len(numbers) > 1:
             number, alone = self._alone
@@ -354,17 +348,24 @@ class Objective:
                 likelihood = replace(likelihood, reduction="mean")
             with torch.no_grad():
                 within = likelihood.losses(logits, labels)[list(numbers).index(number)]
-            self._check_alone(number, alone, float(within))
+            check_alone(number, alone, float(within), rounding(self.forward.base))
         if len(numbers) > 1:
             self._checked.add(kind_of(batch))
 
-    def _check_alone(self, number: int, alone: float, within: float) -> None:
-        if abs(alone - within) > max(1e-2, rounding(self.forward.base)) * abs(alone) + 1e-4:
-            raise ValueError(
-                f"calibration example {number} has the loss {alone:.6g} alone and {within:.6g} "
-                "within its batch: the model mixes the examples of a batch, or an entry of the "
-                "batch is not divided by example: use batches of one example (batch_size=1)"
-            )
+    def _explains_alone(
+        self, likelihood: Likelihood, batch: Batch, logits: Tensor, labels: Tensor
+    ) -> bool:
+        """Whether an example of several labels alone has the mean over them, and not the sum."""
+        counts = likelihood.counts(logits, labels)
+        if not self._undecided or len(counts) == 1 or float(counts.max()) < 2:
+            return True
+        self._undecided = False
+        row = int(counts.argmax())
+        one = take(batch, slice(row, row + 1))
+        with torch.no_grad():
+            outputs = self.forward(one, with_labels=True)
+        own = loss_of(outputs)
+        return own is None or explains(likelihood, logits_of(outputs), labels_of(one), own.mean())
 
     def _expected(
         self, likelihood: Likelihood, logits: Tensor, labels: Tensor, numbers: Sequence[int]
@@ -384,16 +385,6 @@ class Objective:
             drawn = likelihood.draw(logits, labels, generators)
             losses.append(draws ** (-1 / self.power) * likelihood.losses(logits, drawn))
         return losses
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Checks that an argument has one of its allowed values.
-
-    Raises:
-        ValueError: It has another value.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

@@ -141,7 +141,9 @@ class OneByOne:
         for i, number in enumerate(numbers):
             one = take(batch, slice(i, i + 1))
             if not self._objective.by_example and not self._objective.has_label(one):
-                continue  # The model's own loss would be NaN.
+                # The model's own loss would be NaN.
+                alone.append(next(iter(parameters.values())).new_zeros(()))
+                continue
             try:
                 losses = self._objective(one, [number])
             except (LookupError, RuntimeError) as error:

@@ -179,6 +179,86 @@ def test_labels_that_come_late(loss, size):
     assert_scores_close(scored(model, loader), loop(model, loader))
 
 
+class Late(nn.Module):
+    """Logits for each example or token, and a loss whose difference shows late."""
+
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.loss = nn.Linear(D, C).double(), loss
+
+    def forward(self, x, labels=None):
+        logits = self.lin(x)
+        loss = None if labels is None else self.loss(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def shifted(logits, labels, reduction="mean"):
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction=reduction)
+
+
+T = 5
+RARE = torch.zeros(8, T).long()
+RARE[4:, 2], RARE[6, 4] = 1, 2
+ONE_LABEL = torch.full((8, T), -100)
+ONE_LABEL[:, 2], ONE_LABEL[4:, 3] = 1, 2
+FAR = torch.randn(8, C, generator=torch.Generator().manual_seed(2)).double().clamp(-1, 1)
+FAR[4:] += 9
+POSITIVES = (torch.arange(24).view(8, C) % 5 == 0).double()
+POSITIVES[:4] = 0
+
+SHOWN_LATE = {
+    "weighted tokens": (
+        lambda z, y: (F.cross_entropy(z.mT, y, reduction="none") * WEIGHTS[y]).mean(),
+        RARE,
+    ),
+    "weighted next tokens": (
+        lambda z, y: (shifted(z, y, "none") * WEIGHTS[y[:, 1:]]).mean(),
+        RARE,
+    ),
+    "sum over the tokens": (lambda z, y: shifted(z, y, "none").sum(1).mean(), ONE_LABEL),
+    "positives": (
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=WEIGHTS),
+        POSITIVES,
+    ),
+    "Huber": (lambda z, y: 2 * F.huber_loss(z, y, delta=4.0), FAR),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", SHOWN_LATE)
+def test_a_loss_that_only_later_batches_show(name, size):
+    """Guards rare classes, positives and outliers: the first batch has the plain loss."""
+    loss, labels = SHOWN_LATE[name]
+    shape = (8, T, D) if labels.dim() == 2 and not labels.is_floating_point() else (8, D)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
+    loader = [{"x": x[i : i + size], "labels": labels[i : i + size]} for i in range(0, 8, size)]
+    model = Late(loss)
+    assert_scores_close(scored(model, loader), loop(model, loader))
+
+
+def test_class_weights_that_only_later_batches_show():
+    """Guards a mean that class weights divide: it is refused, or scored in batches of one."""
+    x = torch.randn(8, T, D, generator=torch.Generator().manual_seed(1)).double()
+    model = Late(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten(), weight=WEIGHTS))
+    loader = [{"x": x[i : i + 4], "labels": RARE[i : i + 4]} for i in (0, 4)]
+    with pytest.raises(ValueError, match=r"not the mean of its examples' losses.*\(batch_size=1"):
+        scored(model, loader)
+    singles = [{"x": x[i : i + 1], "labels": RARE[i : i + 1]} for i in range(8)]
+    assert_scores_close(scored(model, singles), loop(model, singles))
+
+
+def test_a_loss_that_differs_after_unchecked_batches_is_refused(monkeypatch):
+    """Guards against sums that already have the scores of another loss."""
+    model = with_lora(tiny_llama(), init_lora_weights=False)
+    first, second = batches_of(examples_for(model, 6), 3)
+    loader = [first, first, {key: second[key] for key in ("input_ids", "labels")}]
+    answers = iter([True, False])
+    monkeypatch.setattr("fish_tuning.scoring.objective.explains", lambda *_: next(answers))
+    with pytest.raises(ValueError, match=r"examples 6 to 8 is not the likelihood .* first, or"):
+        scored(model, loader)
+
+
 @pytest.mark.parametrize("aux", [False, True])
 def test_a_routers_loss(aux):
     """Guards against a balance of the whole batch that no example has."""
@@ -257,6 +337,31 @@ def test_ignored_examples_of_an_unknown_loss_score_zero():
     kept = [{k: v[b["labels"] != -100] for k, v in b.items()} for b in loader]
     expected = {n: s * (N - 2) / N for n, s in loop(smoothed, kept).items()}
     assert_scores_close(scored(smoothed, loader), expected)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "own loss"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_examples_labelled_at_their_first_token_score_zero(size, own):
+    """Guards a label that nothing predicts: alone the model's loss of such an example is NaN."""
+
+    class Penalised(tr.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **_):
+            outputs = super().forward(input_ids, attention_mask)
+            if labels is not None:
+                z, y = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+                penalty = z.logsumexp(-1)[y != -100].square().mean()
+                outputs.loss = F.cross_entropy(z, y) + 0.1 * penalty
+            return outputs
+
+    model = Penalised(tiny_llama().config) if own else tiny_llama()
+    model = with_lora(model, init_lora_weights=False).double()
+    examples = examples_for(model, 4, shortest=6, longest=6)
+    for i in (0, 2):
+        examples[i]["labels"][1:] = -100
+    labelled = [pad([examples[i]]) for i in (1, 3)]
+    expected = naive_scores(model, labelled, loss=lambda model, row: model(**row).loss)
+    scores = scored(model, batches_of(examples, size))
+    assert_scores_close(scores, {name: score / 2 for name, score in expected.items()}, 2e-5)
 
 
 def test_no_class_at_all_is_refused():

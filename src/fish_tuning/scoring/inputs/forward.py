@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fish_tuning.engines import device_of
 from fish_tuning.scoring.inputs.batches import LABELS, Batch, described, with_tensors
+from fish_tuning.scoring.inputs.origin import is_of_transformers
 from fish_tuning.scoring.inputs.outputs import logits_of
 from fish_tuning.scoring.inputs.positions import (
     LeftPadding,
@@ -52,19 +53,11 @@ class Forward:
         self._caches = "use_cache" in self._named or _passes_on(self.base, "use_cache")
         self._labels_needed = LABELS in self._required
         self._left_padding: LeftPadding | None = None
+        self.has_own_loss = not is_of_transformers(model, self.base)
+        """Whether the forward pass or the loss may be the caller's own, and not transformers'."""
         self.predicts_first_token = False
         """Whether the loss may have a term for the first token after padding on the left. Then a
         batch in which this token has a label is left exactly as it is given."""
-
-    @property
-    def has_own_loss(self) -> bool:
-        """Whether the forward pass or the loss is the caller's own, and not transformers'."""
-        parts = [self.base.forward]
-        if isinstance(self.base, PreTrainedModel):
-            parts.append(self.base.loss_function)
-        return not all(
-            getattr(part, "__module__", "").startswith("transformers.") for part in parts
-        )
 
     def takes(self, key: str) -> bool:
         """Whether the model's forward takes an argument of this name."""
@@ -113,7 +106,7 @@ class Forward:
         A forward of the caller's own may need labels to compute what it returns. Afterwards labels
         are always passed if it does.
         """
-        if self._labels_needed or not self.has_own_loss:
+        if self._labels_needed or type(self.base).forward.__module__.startswith("transformers."):
             return
         try:
             with torch.no_grad():

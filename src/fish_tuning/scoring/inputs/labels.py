@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
@@ -19,6 +18,14 @@ def labels_of(batch: Batch) -> Any:
 def has_classes(labels: Any) -> bool:
     """Whether labels are classes, some of which may be ignored."""
     return isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 0
+
+
+def has_many_labels(batch: Batch) -> bool:
+    """Whether an example has labels of tokens, pixels or the like, and not (b,) or (b, C)."""
+    labels = labels_of(batch)
+    if not isinstance(labels, Tensor):
+        return False
+    return labels.dim() > 2 or (labels.dim() == 2 and not labels.is_floating_point())
 
 
 def most_labeled(batch: Batch) -> int:
@@ -64,9 +71,13 @@ def kind_of(batch: Batch) -> frozenset[str]:
 def predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
     """The labels without that of the first token after padding on the left.
 
-    Nothing predicts the first token of an unpadded example, so padding must not either.
+    Nothing predicts the first token of an unpadded example, so padding must not either. If padding
+    has labels itself, the caller wants the loss of padding to count, and all labels stay.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         return labels
-    return labels.masked_fill(F.pad(mask[:, :-1], (1, 0), value=1) == 0, IGNORED)
+    real = mask != 0
+    first = real & (real.cumsum(1) == 1) & ~real[:, :1]
+    padding_labeled = ((labels != IGNORED) & ~real).any(1, keepdim=True)
+    return labels.masked_fill(first & ~padding_labeled, IGNORED)
