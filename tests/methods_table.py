@@ -81,6 +81,10 @@ class Method:
     """Makes it of the base model and a folder."""
     weights: str = ""
     """Of the model's own weights, those that are trained: a regular expression."""
+    batch_size: int = 3
+    """1 where the loss of a batch is no mean of the losses of its examples."""
+    ragged: bool = True
+    """Whether an example that is padded has the gradient of the example alone."""
 
 
 def tiny_squeezebert() -> Any:
@@ -416,6 +420,7 @@ METHODS = (
             "cpt_mask": [1] * 4,
             "cpt_tokens_type_mask": [1, 2, 3, 4],
         },
+        batch_size=1,
         **_LLAMA,
     ),
     Method("DEFT", "DEFT", {"r": 4}),
@@ -433,7 +438,7 @@ METHODS = (
         {"target_modules": ["value", "output.dense"], "feedforward_modules": ["output.dense"]},
     ),
     Method("LayerNorm tuning", "LN_TUNING", {"target_modules": ["LayerNorm"]}),
-    Method("Lily", "LILY", {"r": 4, "stride_A": 1, "num_B": 2}),
+    Method("Lily", "LILY", {"r": 4, "stride_A": 1, "num_B": 2}, ragged=False),
     Method("LoHa", "LOHA", {"r": 4}),
     Method("LoKr", "LOKR", {"r": 4}),
     Method("MiSS", "MISS", {"r": 4}),
@@ -525,6 +530,11 @@ def _config(method: Method, base: Any) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[method.kind](**options)
 
 
+def _examples(method: Method, model: Any) -> list[dict[str, Tensor]]:
+    lengths = {} if method.ragged else {"shortest": 7, "longest": 7}
+    return [{**example, **method.inputs} for example in examples_for(model, 6, **lengths)]
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -532,8 +542,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def outcomes(method: Method, folder: Path) -> dict[str, str]:
     """The outcome of each step, by step; a wrong step fails an assertion."""
     model = build(method)
-    examples = [{**example, **method.inputs} for example in examples_for(model, 6)]
-    batches = batches_of(examples, 3)
+    examples = _examples(method, model)
+    batches = batches_of(examples, method.batch_size)
     found = dict.fromkeys(STEPS, YES)
 
     try:
@@ -597,8 +607,10 @@ def outcomes(method: Method, folder: Path) -> dict[str, str]:
 def scores_in_double(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The scores of the library and those of the loop over single examples."""
     model = build(method).double()
-    examples = [{**example, **method.inputs} for example in examples_for(model, 5)]
-    scores = calculate_fisher_information(model, batches_of(examples, 3), progress=False)
+    examples = _examples(method, model)
+    scores = calculate_fisher_information(
+        model, batches_of(examples, method.batch_size), progress=False
+    )
     return scores, naive_scores(model, examples)
 
 

@@ -100,8 +100,9 @@ def check_weights(record_path: Path, record_content: bytes) -> None:
         path = record_path.parent / name
         if path.name == name and path.is_file() and _sha256(path) != expected:
             raise ValueError(
-                f"{path} was saved again without the mask beside it, which describes other "
-                f"weights: delete {JSON_FILE} and {BITS_FILE}, or save the masked model there again"
+                f"{path} was damaged, or saved again without the mask beside it, which describes "
+                f"other weights: delete {JSON_FILE} and {BITS_FILE}, or save the masked model "
+                "there again"
             )
 
 

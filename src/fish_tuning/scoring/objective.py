@@ -44,7 +44,7 @@ from fish_tuning.scoring.losses.likelihood import (
     Tokens,
     generator_of,
 )
-from fish_tuning.scoring.losses.one_example import outputs_of_one
+from fish_tuning.scoring.losses.one_example import check_labels, outputs_of_one
 from fish_tuning.scoring.losses.own_loss import OwnLoss
 from fish_tuning.scoring.losses.recognition import explains, fitting, rounding
 
@@ -278,7 +278,11 @@ class Objective:
                 raise ValueError("the model returns a loss for some examples only")
             return [scalar(own).reshape(1)]
         checking = self._is_worth_checking(batch)
-        outputs = self.forward(batch, with_labels=checking)
+        try:
+            outputs = self.forward(batch, with_labels=checking)
+        except IndexError:
+            check_labels(self.forward, batch)
+            raise
         logits, labels = logits_of(outputs), labels_of(batch)
         if checking:
             self._check_likelihood(self._likelihood, batch, numbers, outputs)

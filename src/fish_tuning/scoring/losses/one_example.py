@@ -33,7 +33,7 @@ def outputs_of_one(forward: Forward, one: Batch, batch: Batch, *, with_labels: b
     except _ERRORS as error:
         check_division(error, forward, batch)
         if with_labels and isinstance(error, IndexError):
-            _check_labels(forward, one)
+            check_labels(forward, one)
         raise
 
 
@@ -66,10 +66,14 @@ def _takes(forward: Forward, batch: Batch) -> bool:
     return True
 
 
-def _check_labels(forward: Forward, one: Batch) -> None:
-    """Says so if a model failed because a label is not one of its classes."""
-    labels = labels_of(one)
+def check_labels(forward: Forward, batch: Batch) -> None:
+    """Checks, after a model has failed, that integer labels are its classes.
+
+    Raises:
+        ValueError: A label is not.
+    """
+    labels = labels_of(batch)
     if isinstance(labels, Tensor) and not labels.is_floating_point():
-        logits = logits_of(forward(one, with_labels=False))
+        logits = logits_of(forward(batch, with_labels=False))
         if isinstance(logits, Tensor):
             check_classes(logits, labels)
