@@ -23,6 +23,7 @@ DEEPER = "which already has a value; give keys of one section the same number of
         ("a: 1\n\n  b: 2\n", 3, f"is indented more than line 1, {DEEPER}"),
         ("a:\n- 1\n  b: 2\n", 3, f"is indented more than line 2, {DEEPER}"),
         ("a: b: c\n", 1, "has a second colon; put the value in quotes"),
+        ("k" * 2000 + "model: b\n", 1, "has a colon where no key can end; put the value in quotes"),
         ("key\nother: 1\n", 2, "follows a key without a colon.* write line 1 as key: value"),
         ("a:1\nb: 2\n", 2, "follows a key without a colon.* write line 1 as key: value"),
         ("x: 0\na: [1, 2\nb: 3\n", 3, r"the bracket that opens in line 2 lacks its \]; add it"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tr
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -36,7 +37,9 @@ def test_models_of_transformers(build):
     assert is_own(build())
     model = with_lora(build())
     assert is_own(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # Of a Trainer in an earlier test.
     assert is_own(Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Subclass(tr.LlamaForCausalLM):

@@ -38,14 +38,17 @@ def advice(error: yaml.MarkedYAMLError, text: str) -> str:
 
 
 def _misplaced_colon(lines: list[str], mark: yaml.Mark) -> str:
-    """Why a colon is not expected: it is the line's second, or the line belongs to no section."""
+    """Why a colon is not expected: a second one, a key too long, or a line of no section."""
     if re.search(r":\s", lines[mark.line][: mark.column]):
         return "has a second colon; put the value in quotes"
-    number, above = next(
+    above_it = [
         (n + 1, line.strip())
-        for n, line in reversed([*enumerate(lines[: mark.line])])
+        for n, line in enumerate(lines[: mark.line])
         if line.strip() and not line.lstrip().startswith("#")
-    )
+    ]
+    if not above_it:  # A key of more than 1,024 characters.
+        return "has a colon where no key can end; put the value in quotes"
+    number, above = above_it[-1]
     if not above.startswith("- ") and not re.search(r":(\s|$)", above):
         return f"follows a key without a colon and a space; write line {number} as key: value"
     return (
