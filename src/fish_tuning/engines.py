@@ -71,6 +71,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(in_memory, torch.device("meta"))
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast is set to on a kind of device, if it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
     """Checks that none of the tensors is offloaded: offloaded tensors cannot be trained.
 

@@ -1,5 +1,7 @@
 """Model cards without what nobody has filled in."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -53,7 +55,7 @@ def test_card_of_a_trainer():
     [
         ("someone/a-model", True),
         ("bert-base-uncased", True),
-        ("/home/me/models/mine", False),
+        (str(Path("mine").absolute()), False),
         ("./mine", False),
         ("runs/1/mine", False),
         (".", False),

@@ -53,8 +53,7 @@ def assert_tied(model):
 
 def steps(twins, n, optimizer=torch.optim.AdamW):
     for i in range(n):
-        for model in twins.models():
-            loss_of(model.eval(), inputs(i)).backward()
+        twins.backward(i)
         twins.step(lambda parameters: optimizer(parameters, 0.02, weight_decay=0.1))
         assert_tied(twins.masked)
         twins.assert_same_state()
@@ -152,8 +151,7 @@ def test_tied_weights_train_as_one(build, tmp_path):
     bits = random_bits(dense, 2)
     twins = Twins(OWN, apply_mask(copied(dense), bits), dense, bits)
     for i in range(3):
-        for model in twins.models():
-            loss_of(model.eval(), inputs(i)).backward()
+        twins.backward(i)
         twins.step(lambda parameters: torch.optim.AdamW(parameters, 0.02))
     twins.assert_same_state()
     head, embedding = (
@@ -187,8 +185,7 @@ def test_tied_embeddings_that_are_saved_or_trained_in_part(kind, tmp_path):
     bits = random_bits(dense, 2)
     twins = Twins(kind, apply_mask(copied(dense), bits), dense, bits)
     for i in range(5):
-        for model in twins.models():
-            loss_of(model.eval(), inputs(i)).backward()
+        twins.backward(i)
         twins.step(lambda parameters: torch.optim.AdamW(parameters, 0.02))
     twins.assert_same_state()
     twins.masked.save_pretrained(tmp_path)

@@ -11,8 +11,7 @@ IDS = inputs()
 
 def train(twins, steps=2):
     for i in range(steps):
-        for model in twins.models():
-            loss_of(model.eval(), inputs(i)).backward()
+        twins.backward(i)
         twins.step(lambda parameters: torch.optim.SGD(parameters, 0.1))
 
 
@@ -55,8 +54,7 @@ def test_an_update_by_hand_is_read(reader, tmp_path):
     """Guards against a loop without an optimizer, whose steps nobody announces."""
     twins = Twins.build("lora")
     for i in range(3):
-        for model in twins.models():
-            loss_of(model.eval(), inputs(i)).backward()
+        twins.backward(i)
         twins.mask_gradients()
         with torch.no_grad():
             for model in twins.models():

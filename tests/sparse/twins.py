@@ -221,6 +221,11 @@ class Twins:
     def models(self) -> Iterator[nn.Module]:
         return iter((self.masked, self.dense))
 
+    def backward(self, seed: int = 0) -> None:
+        """Give both models the gradients of the same inputs."""
+        for model in self.models():
+            loss_of(model.eval(), inputs(seed)).backward()
+
     def names(self) -> list[str]:
         """The tensors that the mask names, each tied one by its first name."""
         pairs = _tied_to_embedding(self.dense) or {}

@@ -149,15 +149,19 @@ def _outside(tensor: MaskedTensor, storage: Tensor) -> tuple[View, Tensor] | Non
 
 def current_tensor(place: Place, view: View) -> Tensor:
     """What a module holds under a masked tensor's name; raise RuntimeError if it does not fit."""
-    module, attribute = place.module, place.attribute
-    held = module._buffers.get(attribute)
-    held = module._parameters.get(attribute) if held is None else held
+    held = _held(place)
     if held is None:
         raise unfit(f"{place.name} is gone from its module")
     if held.shape != view.shape:
         now, then = tuple(held.shape), tuple(view.shape)
         raise unfit(f"{place.name} is {now} now, its mask {then}")
     return held.detach()
+
+
+def _held(place: Place) -> Tensor | None:
+    """What a module has in a place: a buffer, or a parameter that somebody put there."""
+    buffer = place.module._buffers.get(place.attribute)
+    return place.module._parameters.get(place.attribute) if buffer is None else buffer
 
 
 def check_tied(tensor: MaskedTensor) -> None:
@@ -183,9 +187,7 @@ def _check_apart(tensors: Iterable[MaskedTensor]) -> None:
     holders: dict[tuple[torch.device, int], MaskedTensor] = {}
     for tensor in tensors:
         for place in tensor.places:
-            module, attribute = place.module, place.attribute
-            held = module._buffers.get(attribute)
-            held = module._parameters.get(attribute) if held is None else held
+            held = _held(place)
             if held is None or held.is_meta or not held.numel():
                 continue
             other = holders.setdefault((held.device, held.data_ptr()), tensor)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fish_tuning.engines import autocast_dtype
 from fish_tuning.per_example.accumulate import accumulate
 from fish_tuning.per_example.checks import (
     TotalsCheck,
@@ -240,7 +241,8 @@ class PerExampleGradients:
                 # and backward would end there, before it reaches this module.
                 recording.roots.append(get_gradient_edge(output))
             recording.expected.update(self._sources.bundles[module])
-            output.register_hook(partial(self._on_gradient, module, kept, _autocast(x)))
+            autocast = autocast_dtype(x.device.type)
+            output.register_hook(partial(self._on_gradient, module, kept, autocast))
         return output if shared else None
 
     def _on_gradient(
@@ -262,12 +264,6 @@ class PerExampleGradients:
             self._check.note_calls(bundle, calls)
         done = recording.progress.of_loss(recording.loss)
         accumulate(self._sums, self._sources, bundle, calls, done, self._check)
-
-
-def _autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast is set to on a tensor's device, if it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _leads_to(x: Tensor, output: Tensor) -> bool:

@@ -158,8 +158,7 @@ class Objective:
         labeled = labels != IGNORED
         if labels.dim() != 2 or bool(labeled[:, 1:].any()) or not bool(labeled.any()):
             return bool(labeled.any())
-        with torch.no_grad():
-            own = loss_of(self.forward(batch, with_labels=True))
+        own = self._own_loss(batch)
         return own is None or not bool(own.isnan().all())
 
     def recognize(self, batch: Batch, numbers: Sequence[int]) -> None:
@@ -233,8 +232,7 @@ class Objective:
         """
         if self.by_example or len(losses) < 2 or not self._is_worth_checking(batch):
             return
-        with torch.no_grad():
-            own = loss_of(self.forward(batch, with_labels=True))
+        own = self._own_loss(batch)
         if own is None or bool(own.isnan().any()):
             return  # Nothing to compare with: no example has a label.
         alone = torch.stack([loss.detach().reshape(()) for loss in losses])
@@ -294,6 +292,11 @@ class Objective:
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
         return self._expected(self._likelihood, logits, labels, numbers)
+
+    @torch.no_grad()
+    def _own_loss(self, batch: Batch) -> Tensor | None:
+        """The model's own loss of a batch, without a graph."""
+        return loss_of(self.forward(batch, with_labels=True))
 
     def _losses_of_caller(self, loss_fn: LossFunction, batch: Batch) -> Tensor:
         size = batch_size(batch)

@@ -13,7 +13,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,9 +116,7 @@ def docstrings(package: str) -> Iterator[str]:
     Raises:
         ModuleNotFoundError: The package is not installed.
     """
-    with _parsing_many():
-        for path in _source_files(package, seed=0):
-            yield from _docstrings(path)
+    return _docstrings(parsed_sources(package))
 
 
 def _balanced(
@@ -162,7 +160,7 @@ def _collect(
     counts: Counter[str] = Counter()
     with _parsing_many():
         for path in _source_files(package, seed):
-            for docstring in _docstrings(path):
+            for docstring in _docstrings(_documented(path)):
                 text = _sentence(docstring, names)
                 if text is not None and (key := _normalize(text)) not in found:
                     found[key] = text
@@ -211,9 +209,9 @@ def _parsing_many() -> Iterator[None]:
             gc.enable()
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a file's module, classes and functions, in order."""
-    for node in _documented(path):
+def _docstrings(nodes: Iterable[Documented]) -> Iterator[str]:
+    """Yield the docstrings of modules, classes and functions that have one."""
+    for node in nodes:
         docstring = ast.get_docstring(node, clean=False)
         if docstring:
             yield docstring

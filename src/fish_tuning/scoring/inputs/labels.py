@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
+from fish_tuning.scoring.inputs.padding import first_after_padding
 
 
 def labels_of(batch: Batch) -> Any:
@@ -78,6 +79,5 @@ def predicted_from_text(labels: Tensor, batch: Batch) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         return labels
     real = mask != 0
-    first = real & (real.cumsum(1) == 1) & ~real[:, :1]
     padding_labeled = ((labels != IGNORED) & ~real).any(1, keepdim=True)
-    return labels.masked_fill(first & ~padding_labeled, IGNORED)
+    return labels.masked_fill(first_after_padding(real) & ~padding_labeled, IGNORED)

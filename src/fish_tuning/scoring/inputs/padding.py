@@ -100,6 +100,16 @@ def _lengths(batch: Batch) -> list[int] | None:
     return lengths if 0 < min(lengths) < mask.shape[1] else None
 
 
+def first_tokens(real: Tensor) -> Tensor:
+    """Marks the first token of each row that is not padding; `real` (b, t) marks all of them."""
+    return real & (real.cumsum(1) == 1)
+
+
+def first_after_padding(real: Tensor) -> Tensor:
+    """Marks the first token of each row that starts with padding."""
+    return first_tokens(real) & ~real[:, :1]
+
+
 def _is_per_token(value: Any, shape: Sequence[int]) -> bool:
     """Whether a value has an entry for each token of a mask of this shape."""
     return isinstance(value, Tensor) and value.shape[:2] == shape

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fish_tuning.scoring.inputs.batches import IGNORED, Batch, take, with_tensors
+from fish_tuning.scoring.inputs.padding import first_after_padding
 
 
 class LeftPadding(Enum):
@@ -47,7 +48,7 @@ def reads_padding(mask: Tensor, labels: Any, *, first_token: bool) -> bool:
     read = ~real
     if first_token:
         # Nothing is before the first token of an example without padding.
-        read = read | (real & (real.cumsum(1) == 1) & ~real[:, :1])
+        read = read | first_after_padding(real)
     return bool((read & (labels != IGNORED)).any())
 
 

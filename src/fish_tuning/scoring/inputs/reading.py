@@ -102,10 +102,7 @@ def _read_items(items: Sequence[Any], arguments: Sequence[str], takes_labels: bo
 
 def _read_mapping(batch: Mapping[str, Any]) -> Batch:
     batch = {key: _numbers_as_tensor(str(key), value) for key, value in batch.items()}
-    labels = batch.get(LABELS)
-    scalar = isinstance(labels, int | float) or (isinstance(labels, Tensor) and not labels.dim())
-    if scalar:
-        raise ValueError(f"labels have no batch axis; {_ONE_EXAMPLE}")
+    _check_has_rows(batch.get(LABELS))
     ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() == 1:
         raise ValueError(f"input_ids have no batch axis; {_ONE_EXAMPLE}")
@@ -138,12 +135,16 @@ def _read_pair(pair: Sequence[Any], arguments: Sequence[str], takes_labels: bool
             f"a calibration batch is a pair ({described(pair)}) whose second item looks like an "
             f"attention mask, not like labels: {_NAMES}"
         )
-    if isinstance(labels, int | float) or (isinstance(labels, Tensor) and not labels.dim()):
-        raise ValueError(f"labels have no batch axis; {_ONE_EXAMPLE}")
+    _check_has_rows(labels)
     if takes_labels and arguments:
         # With the labels, the model computes its own loss, which tells how it reads them.
         return {arguments[0]: inputs, LABELS: labels}
     return pair
+
+
+def _check_has_rows(labels: Any) -> None:
+    if isinstance(labels, int | float) or (isinstance(labels, Tensor) and not labels.dim()):
+        raise ValueError(f"labels have no batch axis; {_ONE_EXAMPLE}")
 
 
 def _is_text_mask_and_labels(items: Sequence[Any], arguments: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
+from fish_tuning.scoring.inputs.padding import first_tokens
 
 POSITIONS = "position_ids"
 MASK = "attention_mask"
@@ -226,7 +227,7 @@ def _agreeing(starts: Mapping[str, Tensor], real: Tensor) -> Tensor:
 
 def _normal(starts: Tensor, real: Tensor) -> Tensor:
     """Starts of examples among real tokens; a row's first real token always is one."""
-    return (starts & real) | (real & (real.cumsum(1) == 1))
+    return (starts & real) | first_tokens(real)
 
 
 def _segments(starts: Tensor, real: Tensor) -> Iterator[Segment]:

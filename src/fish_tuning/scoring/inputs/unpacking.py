@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fish_tuning.scoring.inputs.batches import IGNORED, LABELS, Batch
 from fish_tuning.scoring.inputs.forward import Forward
+from fish_tuning.scoring.inputs.precision import coarsest_eps
 from fish_tuning.scoring.inputs.segments import (
     BORDERS,
     MASK,
@@ -129,10 +130,7 @@ class Unpacker:
     def _eps(self, outputs: Tensor) -> float:
         """The relative rounding error of the coarsest type that the model computes in."""
         device = outputs.device.type
-        dtypes = {outputs.dtype, *(p.dtype for p in self._forward.model.parameters())}
-        if torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        eps = coarsest_eps(self._forward.model, device, outputs.dtype)
         tensor_float = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
         return max(eps, 2**-10) if tensor_float else eps
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fish_tuning.engines import device_of
 from fish_tuning.scoring.inputs.batches import IGNORED
+from fish_tuning.scoring.inputs.precision import coarsest_eps
 from fish_tuning.scoring.losses.likelihood import (
     LIKELIHOODS,
     Likelihood,
@@ -91,11 +92,8 @@ def rounding(model: nn.Module) -> float:
     """The relative difference that rounding may make between an example alone and in a batch."""
     if getattr(model, "is_quantized", False):
         return 0.2  # Activations are rounded with a scale of the whole batch.
-    dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     device = device_of(model).type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    eps = coarsest_eps(model, device)
     if device == "cuda" and _uses_tf32(model):
         eps = max(eps, torch.finfo(torch.float16).eps)
     return max(1e-5, 8 * eps)
