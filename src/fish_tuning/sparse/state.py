@@ -396,5 +396,10 @@ class _NoRoot:
 
 
 def _dissolve(to_state: weakref.ref[MaskState]) -> None:
-    if (state := to_state()) is not None:
+    if (state := to_state()) is None:
+        return
+    try:
         state.dissolve()
+    except RuntimeError as error:
+        # Python only prints what is raised while it frees an object.
+        logger.warning("a freed model's mask stays on the parts of it that are left: %s", error)
