@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smollm2 quickstart-llm test test-all test-slow test-numeric test-deepspeed test-adapters test-oldest fuzz bench bench-gpu lint clean
+.PHONY: help quickstart smollm2 quickstart-llm test test-all test-slow test-numeric test-deepspeed test-adapters test-oldest fuzz bench bench-gpu docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,9 @@ bench: $(STAMP) ## speed and memory on the processor, some 10 minutes on an idle
 bench-gpu: $(STAMP) ## the same on an accelerator
 	$(BENCH) --device cuda
 
+docs: $(STAMP) ## build the docs site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(STAMP) ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -119,5 +122,5 @@ lint: $(STAMP) ## ruff, mypy, and the direction of imports
 	$(BIN)/lint-imports
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(WITH_DEEPSPEED) $(ADAPTERS) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WITH_DEEPSPEED) $(ADAPTERS) $(OLDEST) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,10 @@ _AUTO_CLASSES = {
 }
 
 Start: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
+"""Tensors before training: a folder with safetensors files, or a state dict."""
+
 ModelOrName: TypeAlias = str | os.PathLike[str] | nn.Module
+"""A base model, or its folder or hub id."""
 
 ADAPTER_CONFIG: TextName = "adapter_config.json"
 

@@ -67,8 +67,8 @@ def create_ranks_from_fisher(
         scaling: alpha / rank, the same in all modules.
 
     Returns:
-        Arguments of `peft.LoraConfig`: `r`, `lora_alpha`, `target_modules`, `rank_pattern` and
-        `alpha_pattern`. Modules of rank 0 are not among the target modules.
+        Arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, `rank_pattern` and
+        `alpha_pattern`). Modules of rank 0 are not among the target modules.
 
     Raises:
         TypeError: An argument has the wrong type.
