@@ -56,7 +56,9 @@ def write_pairs(path: Path, rows: int = 60) -> Path:
     return path
 
 
-def generative(model: Path, data: Path | str, output_dir: Path, **changes: Any) -> ExperimentConfig:
+def generative(
+    model: Path, data: Path | str, output_dir: Path, /, **changes: Any
+) -> ExperimentConfig:
     """An experiment of a dozen steps with a language model; `changes` as in a YAML file."""
     sections = {
         "dataset": {"task": "causal_lm"},

@@ -64,14 +64,24 @@ class Arm:
         return self.peer or (self.variant.adapter if self.variant else None)
 
     @property
+    def own_weights(self) -> list[str] | str | None:
+        """The modules whose own weights the arm selects from, in place of an adapter's."""
+        return self.variant.own_weights if self.variant else None
+
+    @property
+    def has_own_pool(self) -> bool:
+        """Whether the arm trains or selects from something else than the experiment's LoRA."""
+        return self.adapter is not None or self.own_weights is not None
+
+    @property
     def key(self) -> ArmKey:
         """What the arm's counts and its learning rate depend on."""
         return self.name, self.ratio
 
     @property
     def config_key(self) -> str:
-        """Where the config describes the arm's adapter."""
-        if self.adapter is None:
+        """Where the config describes what the arm trains or selects from."""
+        if not self.has_own_pool:
             return "lora"
         return f"{'peers' if self.peer else 'fish_tuning.variants'}: {self.name}"
 

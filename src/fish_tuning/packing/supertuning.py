@@ -112,12 +112,15 @@ def _changes(
     """The changed linear layers, and the state dicts of the modules to store in full, by name."""
     now = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     layers: dict[str, _SparseLayer] = {}
+    dense: list[_SparseLayer] = []
+    changed: list[str] = []
     full: set[str] = set()
     in_part: list[str] = []
     for name, tensor in now.items():
         owner, before, bits = name.rpartition(".")[0], start.get(name), mask.get(name)
         if before is not None and torch.equal(before.cpu(), tensor):
             continue
+        changed.append(owner)
         # A tensor that the start lacks, such as a new head, is stored whether it is trained or not.
         if before is None and (bits is None or bits.all()):
             full.add(owner)
@@ -130,6 +133,13 @@ def _changes(
         else:
             full.add(owner)
             in_part += [name] * (layer.density < 1)
+            dense += [layer] * is_weight
+    # An adapter of PEFT holds at least one sparse layer; one whose bias has changed cannot be it.
+    sparse = [layer for layer in dense if not layers and changed.count(layer.name) == 1]
+    for layer in sorted(sparse, key=lambda layer: layer.density)[:1]:
+        layers[layer.name] = layer
+        full.remove(layer.name)
+        in_part = [name for name in in_part if name != f"{layer.name}.weight"]
     full = _matched_by_peft(model, full)
     if in_part:
         size = sum(p.numel() for owner in full for p in model.get_submodule(owner).parameters())

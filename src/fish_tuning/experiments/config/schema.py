@@ -71,10 +71,21 @@ class ExperimentConfig(Section):
         if twice:
             key = "peers" if twice[0] in peers else "fish_tuning"
             yield key, f"{twice[0]!r} names two arms; give one another name"
+        yield from self._conflicts_of_own_weights()
         if self.is_generative:
             yield from self._conflicts_of_generation()
         else:
             yield from self._conflicts_without_generation()
+
+    def _conflicts_of_own_weights(self) -> Iterator[tuple[str, str]]:
+        exact = self.model.precision == "float32" and self.model.quantization is None
+        for position, variant in enumerate(self.fish_tuning.variants):
+            if variant.own_weights is not None and not exact:
+                yield (
+                    f"fish_tuning.variants[{position}].own_weights",
+                    "trains the model's own weights, which would round small updates away; set "
+                    "model.precision: float32 and remove model.quantization, or remove the variant",
+                )
 
     def _conflicts_of_generation(self) -> Iterator[tuple[str, str]]:
         metric = self.dataset.metric

@@ -68,7 +68,7 @@ class SelectionRule(SelectionSettings, Section):
 
 
 class VariantConfig(Section):
-    """A further masked arm: another rule, criterion or adapter to select from."""
+    """A further masked arm: another rule, criterion, or pool to select from."""
 
     name: Text = Field(description="Name in the results.")
     criterion: Criterion = Field(
@@ -84,6 +84,12 @@ class VariantConfig(Section):
     )
     adapter: AdapterConfig | None = Field(
         default=None, description="What it selects from; by default LoRA of lora.fish_rank."
+    )
+    own_weights: list[str] | str | None = Field(
+        default=None,
+        description="Select from the model's own weights in place of an adapter: names of modules, "
+        "or one string that is a regular expression or `all-linear`. Their weight matrices, and a "
+        "new head.",
     )
 
 
@@ -112,18 +118,20 @@ class FishTuningConfig(SelectionRule):
         description="Seed of the calibration sample and of random masks; by default the run's.",
     )
     variants: list[VariantConfig] = Field(
-        default=[], description="Further masked arms, with another rule, criterion or adapter."
+        default=[], description="Further masked arms, with another rule, criterion or pool."
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Variants that change nothing, or whose rule is wrong."""
         for position, variant in enumerate(self.variants):
             here = f"variants[{position}]"
-            if not variant.rule and variant.adapter is None and variant.criterion == "fisher":
+            if variant == VariantConfig(name=variant.name):
                 yield (
                     here,
                     f"{variant.name!r} changes nothing; give it a rule, an adapter or a criterion",
                 )
+            if variant.adapter is not None and variant.own_weights is not None:
+                yield f"{here}.own_weights", "is given beside adapter; keep one"
             try:
                 self.rule_of(variant)
             except ValidationError as error:

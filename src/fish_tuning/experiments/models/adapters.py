@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def add_adapter(
 ) -> nn.Module:
     """Put an arm's adapter on a model. Seed torch first for a reproducible adapter.
 
+    An arm of the model's own weights gets no adapter: these weights are made trainable.
+
     Trainable parameters are float32 whatever the model's dtype is. LoRA's alpha is twice its rank,
     as in the published experiments, so that its output has the same scale at every rank.
 
@@ -38,6 +41,11 @@ def add_adapter(
     Raises:
         ConfigError: PEFT refuses the method's config, or finds no module to adapt.
     """
+    if arm.own_weights is not None:
+        trained = _own_weights(arm, config, model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return model
     settings = _peft_config(arm, config, model, total_steps)
     try:
         adapted: nn.Module = get_peft_model(model, settings)
@@ -75,6 +83,7 @@ def adapted_without_weights(config: ExperimentConfig, arm: Arm, num_labels: int)
     except NotImplementedError:
         # Some methods look at values, as SHiRA does for its random mask, and need real memory.
         empty: PreTrainedModel = meta_model(config.model, num_labels).to_empty(device="cpu")
+        empty.tie_weights()  # They were divided, and would count twice.
         return add_adapter(empty, arm, config)
 
 
@@ -96,6 +105,38 @@ def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for value in args
     )
+
+
+def _own_weights(arm: Arm, config: ExperimentConfig, model: PreTrainedModel) -> set[str]:
+    """The names of the model's own parameters that an arm selects from.
+
+    PEFT finds the modules and the head, as it does for LoRA.
+    """
+    key = f"{arm.config_key}: own_weights"
+    lora = config.lora.model_copy(update={"target_modules": arm.own_weights})
+    of_lora = config.model_copy(update={"lora": lora})
+    try:
+        adapted: Any = adapted_without_weights(
+            of_lora, baseline(config), _num_labels(config, model)
+        )
+    except ConfigError as error:
+        reasons = [problem.removeprefix("lora.target_modules: ") for problem in error.problems]
+        raise ConfigError([f"{key}: {reason}" for reason in reasons]) from None
+    have = dict(model.named_parameters())
+    names = [f"{module}.weight" for module in adapted.targeted_module_names]
+    for module, name in zip(adapted.targeted_module_names, names, strict=True):
+        if name not in have or not isinstance(model.get_submodule(module), nn.Linear):
+            raise ConfigError(
+                f"{key}: {module} is not a linear layer with a weight of its own, the only kind "
+                "whose changes can be kept as an adapter; name other modules"
+            )
+    head = re.compile(r"base_model\.model\.(.+)\.modules_to_save\.default(\..+)")
+    return {*names, *(head.sub(r"\1\2", name) for name in trainable_tensors(adapted))} & set(have)
+
+
+def _num_labels(config: ExperimentConfig, model: PreTrainedModel) -> int:
+    """The number of the head's outputs; 0 for a language model, which has no new head."""
+    return 0 if config.is_generative else model.config.num_labels or 2
 
 
 def _peft_config(
@@ -137,7 +178,7 @@ def _unusual_head(model: PreTrainedModel) -> list[str] | None:
 def _lora_fa_rank(config: ExperimentConfig, model: PreTrainedModel) -> int:
     """The rank at which B alone has about as many entries as the baseline's A and B."""
     sizes = {"A": 0, "B": 0, "": 0}
-    adapted = adapted_without_weights(config, baseline(config), model.config.num_labels or 2)
+    adapted = adapted_without_weights(config, baseline(config), _num_labels(config, model))
     for name, tensor in trainable_tensors(adapted).items():
         sizes[side_of(name)] += tensor.numel()
     return max(1, round(config.lora.baseline_rank * (sizes["A"] + sizes["B"]) / sizes["B"]))

@@ -48,11 +48,11 @@ def count_parameters(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, 
     counts = {}
     for key, arm in {arm.key: arm for arm in planned(config)}.items():
         if arm.criterion is not None:
-            adapter = arm.name if arm.adapter else ""
-            if adapter not in pools:
-                pools[adapter] = adapted_without_weights(config, arm, num_labels)
-            budget = _checked_budget(config, arm, lora, pools[adapter])
-            counts[key] = ParameterCounts(budget, _counts_of(pools[adapter]).total)
+            pool = arm.name if arm.has_own_pool else ""
+            if pool not in pools:
+                pools[pool] = adapted_without_weights(config, arm, num_labels)
+            budget = _checked_budget(config, arm, lora, pools[pool])
+            counts[key] = ParameterCounts(budget, _counts_of(pools[pool]).total)
         elif arm.name == ORIGINAL_LORA:
             counts[key] = lora
         else:
@@ -106,9 +106,9 @@ def _checked_budget(
         pool, _ = pool_and_quota(entries, None, excluded, budget)
     except ValueError as error:
         key = "budgets" if config.fish_tuning.budgets else "prune_to_ratio_of_baseline"
-        source = f"{arm.name}'s adapter"
-        if arm.adapter is None:
-            source = f"lora.fish_rank {config.lora.fish_rank}"
+        source = f"lora.fish_rank {config.lora.fish_rank}"
+        if arm.has_own_pool:
+            source = f"{arm.name}'s {'adapter' if arm.adapter else 'own_weights'}"
         raise ConfigError(
             f"fish_tuning.{key}: {arm.ratio:g} of the baseline is {budget:,} parameters, which "
             f"{source} and lora.names_to_exclude do not allow: {error}"

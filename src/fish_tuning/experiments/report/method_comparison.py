@@ -103,7 +103,8 @@ def _train_config(run: Run) -> dict[str, Any]:
 def _peft_config(run: Run, home: Path) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(
-            (home / str(run.adapter) / "adapter_config.json").read_text(encoding="utf-8")
+            # Changes of a model's own weights may be several adapters with the same settings.
+            min((home / str(run.adapter)).rglob("adapter_config.json")).read_text(encoding="utf-8")
         )
     except (OSError, ValueError):
         return None

@@ -18,8 +18,6 @@ from fish_tuning.mask.mask import FishMask
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "adapter_model.safetensors"
-
 
 class DatedByStep(TrainerCallback):
     """Sets the date of each checkpoint to its step.
@@ -76,18 +74,23 @@ def _problem(path: Path, masked: bool, processes: int) -> str | None:
             with zipfile.ZipFile(path / name) as file:
                 if (damaged := file.testzip()) is not None:
                     return f"{name}: {damaged} is damaged"
-        _open_adapter(path)
+        _open_weights(path)
         if masked:
             FishMask.from_pretrained(path)
         if state["best_model_checkpoint"] is not None:
-            _open_adapter(Path(state["best_model_checkpoint"]))
+            _open_weights(Path(state["best_model_checkpoint"]))
     # The readers of JSON and archives raise many kinds of errors for damaged files.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _open_adapter(path: Path) -> None:
-    with safe_open(path / _ADAPTER, framework="pt") as file:
-        if not file.keys():
-            raise ValueError(f"{path / _ADAPTER} is empty")
+def _open_weights(path: Path) -> None:
+    """Open the weights of an adapter or, if the model's own weights are trained, of the model."""
+    weights = list(path.glob("*model*.safetensors"))
+    if not weights:
+        raise ValueError(f"{path} holds no weights")
+    for part in weights:
+        with safe_open(part, framework="pt") as file:
+            if not file.keys():
+                raise ValueError(f"{part} is empty")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from fish_tuning.experiments.arms import Arm
@@ -35,6 +36,7 @@ from fish_tuning.experiments.runs.record import (
 )
 from fish_tuning.experiments.runs.scoring import Selection, select
 from fish_tuning.experiments.runs.trainers import build_trainer
+from fish_tuning.packing.supertuning import save_as_peft_adapter
 
 
 def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Report) -> Run:
@@ -73,7 +75,9 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
     metrics = evaluate_all(trainer, experiment)
     generated = generate_after(trainer, experiment, before, folder)
     metrics |= generated.pop("metrics", {})
-    adapter_bytes = processes.in_main(lambda: _save_adapter(trainer, folder / ADAPTER_FOLDER))
+    adapter_bytes = processes.in_main(
+        lambda: _save_adapter(trainer, folder / ADAPTER_FOLDER, measurements.start)
+    )
     return run_record(
         arm,
         experiment,
@@ -184,12 +188,24 @@ def _train(trainer: Trainer, arm: Arm, folder: Path, measurements: Measurements)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _save_adapter(trainer: Trainer, folder: Path) -> int:
-    """Save adapter and mask; return the size of the weights in bytes."""
+def _save_adapter(trainer: Trainer, folder: Path, start: Mapping[str, Tensor]) -> int:
+    """Save adapter and mask, or the changes of the model's own weights as adapters of PEFT.
+
+    Args:
+        trainer: The Trainer of the trained model.
+        folder: The folder to write.
+        start: Copies of the tensors that may have changed, from before training.
+
+    Returns:
+        The size of the weights in bytes.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(str(folder))
-    return (folder / "adapter_model.safetensors").stat().st_size
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+    else:
+        save_as_peft_adapter(model, folder, start={**model.state_dict(), **start})
+    return sum(file.stat().st_size for file in folder.rglob("adapter_model.safetensors"))
 
 
 def _total_steps(args: TrainingArguments, examples: int) -> int:
