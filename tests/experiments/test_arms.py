@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from fish_tuning.experiments.arms import planned
+from fish_tuning.experiments.arms import planned, searched
 from tests.experiments.tiny_experiment import ALL_ARMS, experiment
 
 
@@ -53,3 +53,25 @@ def test_the_plan_needs_no_torch():
     """Guards the command line's speed: the list of arms comes without slow imports."""
     code = "import sys, fish_tuning.experiments.arms; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_rates_of_single_arms(tmp_path):
+    """Guards given learning rates: used as they are, not searched, and not part of the digest."""
+    settings = {"fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FISH"]}}
+    config = experiment(tmp_path, tmp_path, tmp_path, **settings)
+    given = experiment(tmp_path, tmp_path, tmp_path, learning_rates={"LoRA-FISH": 3e-2}, **settings)
+    assert [arm.learning_rate for arm in planned(given)] == [None, 3e-2]
+    assert planned(given)[1].run_id == planned(config, {("LoRA-FISH", 1.0): 3e-2})[0].run_id
+    search = {"values": [1e-3, 2e-3]}
+    both = experiment(
+        tmp_path,
+        tmp_path,
+        tmp_path,
+        learning_rates={"LoRA-FISH": 3e-2},
+        learning_rate_search=search,
+        **settings,
+    )
+    assert {arm.name for arm in searched(both)} == {"Original LoRA"}
+    rates = [arm.learning_rate for arm in planned(both, {("Original LoRA", None): 1e-3})]
+    assert rates == [1e-3, 3e-2]
+    assert [arm.name for arm in planned(both, {})] == ["LoRA-FISH"]

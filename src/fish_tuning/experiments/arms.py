@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fish_tuning.config import Criterion
 from fish_tuning.experiments.config.adapters import AdapterConfig, PeerConfig
 from fish_tuning.experiments.config.schema import ExperimentConfig
-from fish_tuning.experiments.config.selection import ORIGINAL_LORA, VariantConfig
+from fish_tuning.experiments.config.selection import FISH_RANKS, ORIGINAL_LORA, VariantConfig
 
 LORA_FA = "LoRA-FA"
 
@@ -32,12 +32,13 @@ class Arm:
 
     Attributes:
         name: The name in the config, or the label of a variant or peer.
-        ratio: Budget as a fraction of the baseline's count; None for arms without a mask.
+        ratio: Budget as a fraction of the baseline's count; None for arms without a budget.
         seed: Seed of head, adapter, data order and selection.
         digest: The experiment's digest.
         peer: The PEFT method of a peer arm; None for all other arms.
         variant: The selection rule and adapter of a variant; None for all other arms.
-        learning_rate: The rate that a search chose or tries; None to use the training arguments'.
+        learning_rate: The arm's own rate, or the one that a search chose or tries; None to use
+            the training arguments'.
         held_out: In a run of a search, the number of training examples held out to evaluate on;
             None for all other runs.
     """
@@ -57,6 +58,11 @@ class Arm:
         if self.variant is not None:
             return self.variant.criterion
         return None if self.peer else CRITERIA.get(self.name)
+
+    @property
+    def chooses_ranks(self) -> bool:
+        """Whether it trains a LoRA whose ranks Fisher information chooses."""
+        return self.name == FISH_RANKS and self.adapter is None
 
     @property
     def adapter(self) -> AdapterConfig | None:
@@ -117,16 +123,15 @@ def planned(
 
     Args:
         config: The experiment.
-        learning_rates: The rates that a search chose; arms that have none are left out. Without
-            this argument, every arm uses the rate of the training arguments.
+        learning_rates: The rates that a search chose; arms that have neither one of these nor one
+            of their own are left out. Without this argument, arms without a rate of their own use
+            that of the training arguments.
     """
-    arms = _arms(config, config.seeds)
-    if learning_rates is None:
-        return arms
+    own = config.learning_rates
     return [
-        replace(arm, learning_rate=learning_rates[arm.key])
-        for arm in arms
-        if arm.key in learning_rates
+        replace(arm, learning_rate=own.get(arm.name) or (learning_rates or {}).get(arm.key))
+        for arm in _arms(config, config.seeds)
+        if learning_rates is None or arm.name in own or arm.key in learning_rates
     ]
 
 
@@ -138,6 +143,7 @@ def searched(config: ExperimentConfig) -> list[Arm]:
     return [
         replace(arm, learning_rate=value, held_out=search.held_out)
         for arm in _arms(config, search.seeds)
+        if arm.name not in config.learning_rates
         for value in search.values
     ]
 
@@ -153,7 +159,7 @@ def _arms(config: ExperimentConfig, seeds: Sequence[int]) -> list[Arm]:
     for ratio in fish.ratios:
         for seed in seeds:
             arms += [
-                Arm(name, ratio if name in CRITERIA else None, seed, digest)
+                Arm(name, ratio if name in {*CRITERIA, FISH_RANKS} else None, seed, digest)
                 for name in fish.methods_to_run
             ]
             arms += [Arm(v.name, ratio, seed, digest, variant=v) for v in fish.variants]

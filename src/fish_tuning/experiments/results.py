@@ -74,7 +74,8 @@ class Run(_Record):
     seed: int = Field(description="Seed of weights, data order and selection.")
     learning_rate: float | None = Field(
         default=None,
-        description="The rate that the search chose or tried; null if the config's own was used.",
+        description="The arm's own rate, or the one that the search chose or tried; null if that "
+        "of the training arguments was used.",
     )
     held_out: int | None = Field(
         default=None,
@@ -119,7 +120,8 @@ class Run(_Record):
         default=None, description="Seconds of training, without evaluation, saving and scoring."
     )
     score_seconds: float | None = Field(
-        default=None, description="Seconds of scoring and selecting; 0 for arms without a mask."
+        default=None,
+        description="Seconds of scoring and selecting; 0 for arms that are not scored.",
     )
     peak_memory_bytes: int | None = Field(
         default=None, description="Peak memory during training, in bytes."

@@ -24,6 +24,15 @@ BAD = [
         r"names_to_exclude: .*'\(' is not a valid regular expression",
     ),
     ("lora: 8", r"lora: 8 should be a valid dictionary"),
+    (
+        "learning_rates: {LoRA: 1.0e-3}",
+        r"learning_rates\.LoRA: is no arm; the arms are Original LoRA",
+    ),
+    ("learning_rates: {LoRA-FISH: 0}", r"learning_rates\.LoRA-FISH: 0 should be greater than 0"),
+    (
+        "fish_tuning: {methods_to_run: [LoRA-FISH-ranks], scoring_point: start}",
+        r"fish_tuning\.scoring_point: 'start' gives no scores to choose ranks by; use perturbed",
+    ),
     ("model: {precision: float64}", r"model\.precision: 'float64' .*'bf16'"),
     ("model: {quantization: 2bit}", r"model\.quantization: '2bit' .*'4bit' or '8bit'"),
     ("model: {name: null}", r"model\.name: None should be a valid string"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ from fish_tuning.experiments.config.training import (
     TrainingConfig,
 )
 from fish_tuning.experiments.config.training_args import sft_arguments
-from fish_tuning.experiments.config.values import Seeds
+from fish_tuning.experiments.config.values import Seeds, Text
 from fish_tuning.experiments.metrics.names import CAUSAL_LM, TEXT_METRICS
 
 
@@ -62,8 +62,14 @@ class ExperimentConfig(Section):
         "training arguments.",
     )
 
+    learning_rates: dict[Text, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Learning rates of single arms by name, such as those that an earlier search "
+        "chose. The search leaves these arms out.",
+    )
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Two arms with the same name, and keys that do not fit the task."""
+        """Two arms with the same name, rates of no arm, and keys that do not fit the task."""
         peers = [peer.label for peer in self.peers]
         variants = [variant.name for variant in self.fish_tuning.variants]
         labels = [*self.fish_tuning.methods_to_run, *variants, *peers]
@@ -72,6 +78,9 @@ class ExperimentConfig(Section):
             key = "peers" if twice[0] in peers else "fish_tuning"
             yield key, f"{twice[0]!r} names two arms; give one another name"
         yield from self._conflicts_of_own_weights()
+        for name in self.learning_rates:
+            if name not in labels:
+                yield f"learning_rates.{name}", f"is no arm; the arms are {', '.join(labels)}"
         if self.is_generative:
             yield from self._conflicts_of_generation()
         else:
@@ -151,6 +160,7 @@ class ExperimentConfig(Section):
                 "seeds": True,
                 "peers": True,
                 "learning_rate_search": True,
+                "learning_rates": True,
                 "training": {"output_dir"},
                 "fish_tuning": {
                     "methods_to_run",

@@ -13,8 +13,15 @@ from fish_tuning.experiments.config.sections import Section
 from fish_tuning.experiments.config.values import Positive, Ratio, Seed, Text, distinct
 
 ORIGINAL_LORA = "Original LoRA"
+FISH_RANKS = "LoRA-FISH-ranks"
 Method = Literal[
-    "Original LoRA", "LoRA-FISH", "LoRA-FISH-rand", "LoRA-FISH-rev", "LoRA (FISH rank)", "LoRA-FA"
+    "Original LoRA",
+    "LoRA-FISH",
+    "LoRA-FISH-rand",
+    "LoRA-FISH-rev",
+    "LoRA-FISH-ranks",
+    "LoRA (FISH rank)",
+    "LoRA-FA",
 ]
 DEFAULT_METHODS: list[Method] = [
     "Original LoRA",
@@ -100,13 +107,14 @@ class FishTuningConfig(SelectionRule):
         list[Method], BeforeValidator(_full_methods), AfterValidator(distinct)
     ] = Field(
         default=DEFAULT_METHODS,
-        description="The arms. The original work's names fish, rand and rev are accepted too; with "
-        "them, or with an empty list, Original LoRA is added.",
+        description="The arms. LoRA-FISH-ranks is an ordinary LoRA, with a rank for each module "
+        "chosen by Fisher information. The original work's names fish, rand and rev are accepted "
+        "too; with them, or with an empty list, Original LoRA is added.",
     )
     prune_to_ratio_of_baseline: Ratio = Field(
         default=1.0,
-        description="Trainable parameters of the masked arms, head included, as a fraction of the "
-        "baseline's.",
+        description="Trainable parameters of the masked arms and of LoRA-FISH-ranks, head "
+        "included, as a fraction of the baseline's.",
     )
     budgets: Annotated[list[Ratio], Field(min_length=1), AfterValidator(distinct)] | None = Field(
         default=None,
@@ -122,7 +130,13 @@ class FishTuningConfig(SelectionRule):
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Variants that change nothing, or whose rule is wrong."""
+        """Variants that change nothing or whose rule is wrong, and ranks that cannot be chosen."""
+        if FISH_RANKS in self.methods_to_run and self.scoring_point != "perturbed":
+            yield (
+                "scoring_point",
+                f"{self.scoring_point!r} gives no scores to choose ranks by; use perturbed, or "
+                f"remove {FISH_RANKS} from methods_to_run",
+            )
         for position, variant in enumerate(self.variants):
             here = f"variants[{position}]"
             if variant == VariantConfig(name=variant.name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,22 +22,32 @@ from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import meta_model
 from fish_tuning.names import side_of
 
+SCALING = 2
+"""LoRA's alpha / rank, as in the published experiments."""
+
 
 def add_adapter(
-    model: PreTrainedModel, arm: Arm, config: ExperimentConfig, *, total_steps: int = 1
+    model: PreTrainedModel,
+    arm: Arm,
+    config: ExperimentConfig,
+    *,
+    total_steps: int = 1,
+    ranks: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Put an arm's adapter on a model. Seed torch first for a reproducible adapter.
 
     An arm of the model's own weights gets no adapter: these weights are made trainable.
 
-    Trainable parameters are float32 whatever the model's dtype is. LoRA's alpha is twice its rank,
-    as in the published experiments, so that its output has the same scale at every rank.
+    Trainable parameters are float32 whatever the model's dtype is. LoRA's alpha is `SCALING` times
+    its rank, so that its output has the same scale at every rank.
 
     Args:
         model: The model, changed in place.
         arm: The arm.
         config: The experiment.
         total_steps: Steps of the training that follows; AdaLoRA plans its ranks by it.
+        ranks: The ranks of LoRA-FISH-ranks, from `choose_ranks`. Without them it gets the LoRA
+            that they are chosen by.
 
     Raises:
         ConfigError: PEFT refuses the method's config, or finds no module to adapt.
@@ -46,7 +57,7 @@ def add_adapter(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         return model
-    settings = _peft_config(arm, config, model, total_steps)
+    settings = _peft_config(arm, config, model, total_steps, ranks)
     try:
         adapted: nn.Module = get_peft_model(model, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -66,25 +77,32 @@ def add_adapter(
     return adapted
 
 
-def adapted_without_weights(config: ExperimentConfig, arm: Arm, num_labels: int) -> nn.Module:
+def adapted_without_weights(
+    config: ExperimentConfig,
+    arm: Arm,
+    num_labels: int,
+    *,
+    ranks: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Build an arm's model from the model's config.json alone, to look at names and shapes.
 
     Args:
         config: The experiment.
         arm: The arm.
         num_labels: Number of the head's outputs.
+        ranks: As in `add_adapter`.
 
     Raises:
         ConfigError: The model or its adapter cannot be built.
     """
     try:
         with torch.device("meta"):
-            return add_adapter(meta_model(config.model, num_labels), arm, config)
+            return add_adapter(meta_model(config.model, num_labels), arm, config, ranks=ranks)
     except NotImplementedError:
         # Some methods look at values, as SHiRA does for its random mask, and need real memory.
         empty: PreTrainedModel = meta_model(config.model, num_labels).to_empty(device="cpu")
         empty.tie_weights()  # They were divided, and would count twice.
-        return add_adapter(empty, arm, config)
+        return add_adapter(empty, arm, config, ranks=ranks)
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Parameter]:
@@ -140,7 +158,11 @@ def _num_labels(config: ExperimentConfig, model: PreTrainedModel) -> int:
 
 
 def _peft_config(
-    arm: Arm, config: ExperimentConfig, model: PreTrainedModel, total_steps: int
+    arm: Arm,
+    config: ExperimentConfig,
+    model: PreTrainedModel,
+    total_steps: int,
+    ranks: Mapping[str, Any] | None,
 ) -> PeftConfig:
     if arm.adapter is not None:
         return _own_config(arm, arm.adapter, config, total_steps)
@@ -149,13 +171,16 @@ def _peft_config(
         rank = config.lora.baseline_rank
     elif arm.name == LORA_FA:
         rank = _lora_fa_rank(config, model)
+    shape = ranks or {
+        "r": rank,
+        "lora_alpha": SCALING * rank,
+        "target_modules": config.lora.target_modules,
+    }
     return LoraConfig(
         task_type=_task_type(config),
-        r=rank,
-        lora_alpha=2 * rank,
         lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
         modules_to_save=None if config.is_generative else _unusual_head(model),
+        **shape,
     )
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fish_tuning.experiments.arms import Arm, ArmKey, baseline, planned
@@ -14,6 +15,7 @@ from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
+from fish_tuning.experiments.models.ranks import choose_ranks
 from fish_tuning.selection.budget import pool_and_quota
 from fish_tuning.sparse.checks import check_gradients_unused
 
@@ -53,6 +55,8 @@ def count_parameters(config: ExperimentConfig, num_labels: int) -> dict[ArmKey, 
                 pools[pool] = adapted_without_weights(config, arm, num_labels)
             budget = _checked_budget(config, arm, lora, pools[pool])
             counts[key] = ParameterCounts(budget, _counts_of(pools[pool]).total)
+        elif arm.chooses_ranks:
+            counts[key] = _counts_of_ranks(config, arm, lora, num_labels)
         elif arm.name == ORIGINAL_LORA:
             counts[key] = lora
         else:
@@ -89,8 +93,7 @@ def _checked_budget(
         lora: Counts of the baseline.
         model: The model with the adapter that the arm selects from.
     """
-    assert arm.ratio is not None
-    budget = round(arm.ratio * lora.trainable)
+    budget = _budget(arm, lora)
     entries = {name: tensor.numel() for name, tensor in trainable_tensors(model).items()}
     excluded = names_left_dense(config, entries, budget)
     if config.dense_names and not excluded:
@@ -105,19 +108,43 @@ def _checked_budget(
     try:
         pool, _ = pool_and_quota(entries, None, excluded, budget)
     except ValueError as error:
-        key = "budgets" if config.fish_tuning.budgets else "prune_to_ratio_of_baseline"
         source = f"lora.fish_rank {config.lora.fish_rank}"
         if arm.has_own_pool:
             source = f"{arm.name}'s {'adapter' if arm.adapter else 'own_weights'}"
-        raise ConfigError(
-            f"fish_tuning.{key}: {arm.ratio:g} of the baseline is {budget:,} parameters, which "
-            f"{source} and lora.names_to_exclude do not allow: {error}"
-        ) from None
+        problem = f"{source} and lora.names_to_exclude do not allow: {error}"
+        raise _budget_error(config, arm, budget, problem) from None
     try:
         check_gradients_unused(model, entries, pool)
     except ValueError as error:
         raise ConfigError(f"{arm.config_key}: {error}") from None
     return budget
+
+
+def _counts_of_ranks(
+    config: ExperimentConfig, arm: Arm, lora: ParameterCounts, num_labels: int
+) -> ParameterCounts:
+    """Count the parameters of a LoRA with chosen ranks; any scores give the same number."""
+    budget = _budget(arm, lora)
+    tensors = trainable_tensors(adapted_without_weights(config, arm, num_labels))
+    scores = {name: torch.ones(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        ranks = choose_ranks(scores, budget)
+    except ValueError as error:
+        raise _budget_error(config, arm, budget, f"{arm.name} cannot meet: {error}") from None
+    return _counts_of(adapted_without_weights(config, arm, num_labels, ranks=ranks))
+
+
+def _budget(arm: Arm, lora: ParameterCounts) -> int:
+    assert arm.ratio is not None
+    return round(arm.ratio * lora.trainable)
+
+
+def _budget_error(config: ExperimentConfig, arm: Arm, budget: int, problem: str) -> ConfigError:
+    key = "budgets" if config.fish_tuning.budgets else "prune_to_ratio_of_baseline"
+    return ConfigError(
+        f"fish_tuning.{key}: {arm.ratio:g} of the baseline is {budget:,} parameters, which "
+        f"{problem}"
+    )
 
 
 def _counts_of(model: nn.Module) -> ParameterCounts:

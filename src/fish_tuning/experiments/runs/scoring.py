@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from fish_tuning.config import FishConfig
+from fish_tuning.config import Criterion, FishConfig
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.models.adapters import trainable_tensors
@@ -96,14 +96,12 @@ def select(
     began = time.perf_counter()
     rule = config.fish_tuning.rule_of(arm.variant)
     sizes = {name: tensor.numel() for name, tensor in trainable_tensors(model).items()}
-    settings = rule.fish_config(
-        arm.criterion,
-        num_trainable=budget,
-        names_to_exclude=names_left_dense(config, sizes, budget),
-        seed=arm.seed if config.fish_tuning.seed is None else config.fish_tuning.seed,
+    excluded = names_left_dense(config, sizes, budget)
+    settings = settings_of(
+        arm, config, arm.criterion, num_trainable=budget, names_to_exclude=excluded
     )
     steps = rule.warmup_steps if rule.scoring_point == "warmup" else None
-    batches = _calibration_set(settings, config, train, collate)
+    batches = calibration_set(settings, config, train, collate)
     warm = steps is not None and settings.uses_fisher
     with _after_warmup(model, rule.warmup_steps, warmup) if warm else nullcontext():
         mask, information = score_and_select(
@@ -117,9 +115,27 @@ def select(
     return Selection(mask, time.perf_counter() - began, histograms)
 
 
-def _calibration_set(
+def settings_of(
+    arm: Arm,
+    config: ExperimentConfig,
+    criterion: Criterion,
+    *,
+    num_trainable: int,
+    names_to_exclude: Sequence[str] = (),
+) -> FishConfig:
+    """The settings by which an arm scores and selects."""
+    return config.fish_tuning.rule_of(arm.variant).fish_config(
+        criterion,
+        num_trainable=num_trainable,
+        names_to_exclude=names_to_exclude,
+        seed=arm.seed if config.fish_tuning.seed is None else config.fish_tuning.seed,
+    )
+
+
+def calibration_set(
     settings: FishConfig, config: ExperimentConfig, train: Any, collate: Callable[[Any], Any]
 ) -> DataLoader[Any]:
+    """Batches of the training examples to score with, drawn at random."""
     rows = np.random.default_rng(settings.seed).permutation(len(train))[: settings.num_samples]
     return DataLoader(
         train.select(rows),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from fish_tuning.experiments.runs.generative.evaluation import (
 )
 from fish_tuning.experiments.runs.measurements import Measurements, Report, snapshot
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
+from fish_tuning.experiments.runs.ranks import ChosenRanks, ranks_by_fisher
 from fish_tuning.experiments.runs.record import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -60,11 +61,14 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
     """
     started = now()
     args = _arguments(arm, experiment, folder / CHECKPOINTS_FOLDER)
-    model, may_train = start_of(arm, experiment, args)
-    selection = None
+    ranks = selection = None
+    if arm.chooses_ranks:
+        ranks = _stored(ChosenRanks, folder, lambda: _choose_ranks(arm, experiment, args))
+    model, may_train = start_of(arm, experiment, args, ranks.lora if ranks else None)
     if arm.criterion is not None:
-        selection = _stored_selection(model, arm, experiment, args, folder)
+        selection = _stored(Selection, folder, lambda: _select(model, arm, experiment, args))
     mask = selection.mask if selection else None
+    scored = selection or ranks
     budget = experiment.counts[arm.key].trainable
     measurements = Measurements(snapshot(model, may_train), budget, report)
     trainer = build_trainer(model, experiment, args, mask, [measurements, DatedByStep()])
@@ -90,20 +94,23 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
         **generated,
         **_curves(history, experiment.data.metrics),
         train_seconds=measurements.seconds,
-        score_seconds=selection.seconds if selection else 0.0,
+        score_seconds=scored.seconds if scored else 0.0,
         peak_memory_bytes=measurements.memory.peak,
         peak_memory_of=measurements.memory.of,
         adapter_bytes=adapter_bytes,
         adapter=(Path(folder.parent.name) / folder.name / ADAPTER_FOLDER).as_posix(),
         mask_density=tensor_densities(mask) if mask is not None else [],
-        score_histograms=selection.histograms if selection else [],
+        score_histograms=scored.histograms if scored else [],
     )
 
 
 def start_of(
-    arm: Arm, experiment: PreparedExperiment, args: TrainingArguments
+    arm: Arm,
+    experiment: PreparedExperiment,
+    args: TrainingArguments,
+    ranks: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, bool]]:
-    """Build an arm's model as it is before anything is trained.
+    """Build an arm's model as it is before anything is trained, with the ranks chosen for it.
 
     Returns:
         The model, and for each tensor of its adapter and head whether the arm may train it.
@@ -115,7 +122,7 @@ def start_of(
     )
     set_seed(arm.seed)
     steps = _total_steps(args, len(experiment.train))
-    model = add_adapter(base, arm, config, total_steps=steps)
+    model = add_adapter(base, arm, config, total_steps=steps, ranks=ranks)
     if config.model.quantization is None:
         model.to(args.device)
     trainable = trainable_tensors(model)
@@ -135,23 +142,31 @@ def _arguments(
     return training_arguments(experiment.config, folder, arm.seed, metrics, **changes)
 
 
-def _stored_selection(
-    model: nn.Module,
-    arm: Arm,
-    experiment: PreparedExperiment,
-    args: TrainingArguments,
-    folder: Path,
-) -> Selection:
-    """The selection that an interrupted attempt stored; else select now, and store the result."""
-    selection = processes.in_main(lambda: Selection.load(folder / SELECTION_FOLDER))
-    if selection is None:
-        if processes.is_main():
-            # They belong to a mask that is lost.
-            shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
-        selection = _select(model, arm, experiment, args)
-        if processes.is_main():
-            selection.save(folder / SELECTION_FOLDER)
-    return selection
+Choice = TypeVar("Choice", Selection, ChosenRanks)
+
+
+def _stored(kind: type[Choice], folder: Path, choose: Callable[[], Choice]) -> Choice:
+    """What an interrupted attempt chose and stored; else choose now, and store the result."""
+    stored: Choice | None = processes.in_main(lambda: kind.load(folder / SELECTION_FOLDER))
+    if stored is not None:
+        return stored
+    if processes.is_main():
+        # They belong to a choice that is lost.
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+    chosen = choose()
+    if processes.is_main():
+        chosen.save(folder / SELECTION_FOLDER)
+    return chosen
+
+
+def _choose_ranks(arm: Arm, experiment: PreparedExperiment, args: TrainingArguments) -> ChosenRanks:
+    """Choose ranks by the scores of a LoRA of one rank, which is then thrown away."""
+    model, _ = start_of(arm, experiment, args)
+    set_seed(arm.seed)
+    budget = experiment.counts[arm.key].trainable
+    return ranks_by_fisher(
+        model, arm, experiment.config, budget, experiment.train, experiment.collate
+    )
 
 
 def _select(
