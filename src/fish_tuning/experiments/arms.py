@@ -62,7 +62,7 @@ class Arm:
     @property
     def chooses_ranks(self) -> bool:
         """Whether it trains a LoRA whose ranks Fisher information chooses."""
-        return self.name == FISH_RANKS and self.adapter is None
+        return self.name == FISH_RANKS and not (self.peer or self.variant)
 
     @property
     def adapter(self) -> AdapterConfig | None:
