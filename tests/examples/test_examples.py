@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_notebook(classifier, sentences, tmp_path, monkeypatch):
     ):
         assert default in program
         program = program.replace(default, small)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(program, "first_steps.ipynb", "exec"), names)
     assert get_mask(names["trainer"].model) == names["mask"]
 
