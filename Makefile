@@ -57,7 +57,7 @@ $(WITH_DEEPSPEED)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-deepspeed: $(WITH_DEEPSPEED)/.installed ## training under DeepSpeed, in an environment of its own
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(WITH_DEEPSPEED)/bin/python -m pytest -m slow tests/test_deepspeed.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(WITH_DEEPSPEED)/bin/python -m pytest -m slow tests/test_deepspeed.py tests/examples/test_launches.py
 
 # The adapters library needs transformers 4, which the extra `experiments` does not run on.
 ADAPTERS := .venv-adapters

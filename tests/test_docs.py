@@ -38,7 +38,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     blocks = re.findall(
         r"(<!-- not run -->\n)?^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL
     )
-    assert [bool(mark) for mark, _ in blocks].count(True) == 2
+    assert [bool(mark) for mark, _ in blocks].count(True) == 1
     namespace: dict[str, object] = {}
     for mark, block in blocks:
         if not mark:

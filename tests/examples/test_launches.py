@@ -1,5 +1,6 @@
 """The examples for several processes, launched in two of them."""
 
+import functools
 import os
 import runpy
 import subprocess
@@ -61,11 +62,8 @@ def sft_under_deepspeed(rank, folder, *options):
     PartialState(backend="gloo")
     import trl
 
-    class Config(trl.SFTConfig):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, accelerator_config={"use_configured_state": True}, **kwargs)
-
-    trl.SFTConfig = Config
+    settings = {"use_configured_state": True}
+    trl.SFTConfig = functools.partial(trl.SFTConfig, accelerator_config=settings)
     os.chdir(folder)
     sys.argv = ["sft.py", *options]
     names = runpy.run_path(str(EXAMPLES / "sft.py"), run_name="__main__")
