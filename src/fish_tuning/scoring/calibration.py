@@ -86,6 +86,7 @@ def mean_over_examples(
             bar.update(len(numbers))
             if count == num_samples:
                 break
+        bar.total = count  # There may be fewer examples than were asked for.
         if scorer is None:
             raise ValueError(_nothing_scored(count))
     processes.add(sums.totals.values())
