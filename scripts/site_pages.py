@@ -2,11 +2,13 @@
 
 The README is the first page. Any other file that a page links to (an example, a table of
 benchmarks, the changelog) becomes a page too. Links are written as paths in the repository, so they
-also work where the repository is browsed.
+also work where the repository is browsed. The page of the command line is made of its help.
 """
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from typing import Any
@@ -15,6 +17,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "README.md"
+COMMAND_LINE = "reference/command-line.md"
 LINK = re.compile(r"""(?P<before>\]\(|(?:src|srcset|href)=")(?P<path>[^)#"\s]+)""")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash"}
 
@@ -36,6 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
             outside = {t for t in linked - seen if not t.startswith("docs/")}
             waiting += sorted(outside)
             seen |= outside
+    files.append(File.generated(config, COMMAND_LINE, content=_command_line()))
     return files
 
 
@@ -51,6 +55,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return match["before"] + relpath(_uri(target), str(PurePosixPath(uri).parent))
 
     return LINK.sub(led, markdown)
+
+
+def _command_line() -> str:
+    program = [sys.executable, "-m", "typer", "fish_tuning.cli", "utils", "docs"]
+    options = ["--name", "fish-tuning", "--title", "Command line"]
+    return subprocess.run(
+        [*program, *options], check=True, capture_output=True, encoding="utf-8"
+    ).stdout
 
 
 def _page(path: str, config: Any) -> File:

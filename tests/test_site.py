@@ -76,6 +76,13 @@ def test_the_site_has_every_entry(site):
     assert [name for name in ENTRIES if f'id="{name}"' not in pages] == []
 
 
+def test_the_site_has_every_command(site):
+    """Guards a page of the command line that is empty, or of another version of it."""
+    page = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
+    for command in ("run", "plan", "inspect", "report", "pack", "unpack", "env"):
+        assert f"fish-tuning {command}" in page
+
+
 def test_the_site_fetches_nothing(site):
     """Guards fonts, styles and scripts that readers would load from elsewhere."""
     for page in site.rglob("*.html"):
