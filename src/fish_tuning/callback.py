@@ -25,6 +25,12 @@ class FishTuningCallback(TrainerCallback):
 
     Args:
         mask: What to train, see `apply_mask`. None for a model that is masked already.
+
+    Examples:
+        >>> trainer = Trainer(
+        ...     model, arguments, train_dataset=data, callbacks=[FishTuningCallback(mask)]
+        ... )
+        >>> result = trainer.train()
     """
 
     def __init__(self, mask: Mapping[str, Tensor] | None = None) -> None:

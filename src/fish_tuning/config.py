@@ -71,6 +71,10 @@ class FishConfig(SelectionSettings):
 
     Raises:
         ValueError: Keys are unknown, or values are not allowed; the message names all of them.
+
+    Examples:
+        >>> FishConfig(num_trainable=56_000).scope
+        'adaptive'
     """
 
     keep_ratio: float | None = Field(

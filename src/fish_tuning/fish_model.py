@@ -42,6 +42,12 @@ def get_fish_model(
     Raises:
         ValueError: As in `calculate_fisher_information`, `create_mask_from_fisher` and
             `apply_mask`. Whatever the model alone can tell is checked before scoring.
+
+    Examples:
+        >>> model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS"))
+        >>> model = get_fish_model(model, FishConfig(keep_ratio=0.5), loader)
+        >>> trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        >>> optimizer = torch.optim.AdamW(trained, lr=1e-3)
     """
     check_maskable(model)
     check_config(config)

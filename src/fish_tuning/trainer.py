@@ -40,6 +40,12 @@ class FishTuningTrainer(Trainer):
     Raises:
         ValueError: See `apply_mask`; or there is neither a mask nor a `fish_config` and the model
             has no mask; or there are two of these.
+
+    Examples:
+        >>> trainer = FishTuningTrainer(
+        ...     model, arguments, train_dataset=data, fish_config=FishConfig(keep_ratio=0.5)
+        ... )
+        >>> result = trainer.train()
     """
 
     def __init__(

@@ -61,6 +61,13 @@ def mask_trainer(
         TypeError: `trainer` is no Trainer, or `config` no FishConfig.
         ValueError: The Trainer has no training data, has begun to train, or replaces its model;
             the model has a mask already; all scores are 0; or as in `get_fish_model`.
+
+    Examples:
+        The Trainer may be of any kind, and its model has an adapter:
+
+        >>> trainer = Trainer(model, arguments, train_dataset=data)
+        >>> mask = mask_trainer(trainer, FishConfig(keep_ratio=0.5))
+        >>> result = trainer.train()
     """
     config = FishConfig(keep_ratio=0.5) if config is None else config
     _check(trainer, config)

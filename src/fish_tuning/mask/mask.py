@@ -40,6 +40,11 @@ class FishMask(Mapping[str, Tensor]):
     Raises:
         ValueError: There is no tensor, a tensor holds values other than 0 and 1, or JSON cannot
             hold the provenance.
+
+    Examples:
+        >>> mask = FishMask({"layer.weight": torch.tensor([[0, 1], [1, 0]])})
+        >>> mask.num_trainable
+        2
     """
 
     def __init__(

@@ -131,6 +131,14 @@ def pack(
         FileExistsError: The file exists.
         ValueError: A file in the folder is damaged, the mask has other shapes, or the adapter
             cannot be drawn again from a seed.
+
+    Examples:
+        >>> generator = torch.manual_seed(0)
+        >>> model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS"))
+        >>> model = get_fish_model(model, FishConfig(keep_ratio=0.5), loader)
+        >>> model.save_pretrained("adapter")
+        >>> report = pack("adapter", "packed.safetensors", seed=0, base_model=base)
+        >>> unpack("packed.safetensors", "adapter_again", base_model=base)
     """
     check_type("folder", folder, (str, os.PathLike), "the folder of a saved adapter or model")
     folder, file = Path(folder), Path(file)

@@ -54,6 +54,11 @@ def compare_scores(
 
     Raises:
         ValueError: The two have different parameters, or `keep_ratio` is out of range.
+
+    Examples:
+        >>> few = score_with_perturbed_b(model, loader, num_samples=4)
+        >>> many = score_with_perturbed_b(model, loader)
+        >>> overlap = compare_scores(few, many)[0].overlap
     """
     check_scores("first", first)
     check_scores("second", second)

@@ -112,6 +112,11 @@ def calculate_fisher_information(
             offloaded, or the processes have different models or batches.
         RuntimeError: Another process failed.
         torch.OutOfMemoryError: A single example does not fit in memory.
+
+    Examples:
+        >>> scores = calculate_fisher_information(model, loader, num_samples=128)
+        >>> scores.provenance["estimator"]
+        'empirical'
     """
     model = unwrapped(model)
     check_choice("statistic", statistic, get_args(Statistic))
@@ -189,6 +194,10 @@ def score_with_perturbed_b(
         ValueError: `std` is not above 0, or as in `calculate_fisher_information`.
         RuntimeError: As in `calculate_fisher_information`.
         torch.OutOfMemoryError: As in `calculate_fisher_information`.
+
+    Examples:
+        >>> scores = score_with_perturbed_b(model, loader, num_samples=128)
+        >>> mask = create_mask_from_fisher(scores, 0.5, ["modules_to_save"], scope="adaptive")
     """
     with _zero_sides_perturbed(unwrapped(model), std, seed) as zero_sides:
         scores = calculate_fisher_information(

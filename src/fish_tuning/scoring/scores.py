@@ -45,6 +45,11 @@ class FishScores(dict[str, Tensor]):
 
     Raises:
         ValueError: A tensor is not floating point, or JSON cannot hold the provenance.
+
+    Examples:
+        >>> scores = score_with_perturbed_b(model, loader)
+        >>> scores.save_pretrained("scores")
+        >>> scores = FishScores.from_pretrained("scores")
     """
 
     def __init__(

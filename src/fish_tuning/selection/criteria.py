@@ -22,6 +22,9 @@ def random_scores(like: Mapping[str, Tensor | Sequence[int]], seed: int) -> dict
 
     Returns:
         Parameter name to float64 scores on the CPU. In float32, a large pool would have many ties.
+
+    Examples:
+        >>> mask = create_mask_from_fisher(random_scores(scores, seed=0), keep_ratio=0.5)
     """
     check_scores("like", like)
     check_integer("seed", seed)
@@ -42,6 +45,9 @@ def reversed_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         Parameter name to negated scores with the same shape, dtype and device.
+
+    Examples:
+        >>> mask = create_mask_from_fisher(reversed_scores(scores), keep_ratio=0.5)
     """
     check_scores("scores", scores)
     return {name: -tensor for name, tensor in scores.items()}
@@ -56,6 +62,9 @@ def magnitude_scores(model_or_params: nn.Module | Mapping[str, Tensor]) -> dict[
 
     Returns:
         Parameter name to detached scores with the same shape, dtype and device as the weights.
+
+    Examples:
+        >>> mask = create_mask_from_fisher(magnitude_scores(model), keep_ratio=0.5)
     """
     if isinstance(model_or_params, nn.Module):
         model_or_params = {n: p for n, p in model_or_params.named_parameters() if p.requires_grad}

@@ -74,6 +74,11 @@ def create_ranks_from_fisher(
         TypeError: An argument has the wrong type.
         ValueError: There are no scores of a LoRA or of matrices, LoRA's A was scored at B = 0,
             ranks differ, or the budget has no room for a single rank.
+
+    Examples:
+        >>> scores = score_with_perturbed_b(model, loader)
+        >>> ranks = create_ranks_from_fisher(scores, budget=1_000)
+        >>> model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **ranks))
     """
     check_scores("fisher_scores", fisher_scores)
     check_integer("budget", budget, 1)

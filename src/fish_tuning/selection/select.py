@@ -58,6 +58,12 @@ def create_mask_from_fisher(
     Raises:
         ValueError: Scores are missing, not floating point or not finite, everything is excluded,
             a regular expression is invalid, the budget is not possible, or the scope is unknown.
+
+    Examples:
+        >>> scores = {"layer.weight": torch.tensor([[1.0, 3.0], [2.0, 0.5]])}
+        >>> create_mask_from_fisher(scores, keep_ratio=0.5)["layer.weight"]
+        tensor([[False,  True],
+                [ True, False]])
     """
     if scope not in get_args(Scope):
         raise ValueError(f"scope={scope!r} is unknown: use one of {', '.join(get_args(Scope))}.")

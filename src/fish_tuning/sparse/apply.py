@@ -60,6 +60,11 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
             a tensor of which some entries are selected has gradient hooks (CPT and OSF set
             some); an engine wraps the model already, or the processes hold different tensors or
             masks. The model is unchanged.
+
+    Examples:
+        >>> model = apply_mask(model, mask)
+        >>> get_mask(model) == mask
+        True
     """
     check_maskable(model)
     check_mask("mask", mask)
@@ -101,6 +106,11 @@ def remove_mask(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The model has no mask.
+
+    Examples:
+        >>> model = remove_mask(apply_mask(model, mask))
+        >>> get_mask(model) is None
+        True
     """
     check_model(model)
     state = state_of(model)
