@@ -5,6 +5,8 @@ import json
 import pytest
 
 from fish_tuning.experiments.config.dataset import DatasetConfig
+from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.data.generative import load_generative_data
 from fish_tuning.experiments.data.load import load_data
 from fish_tuning.experiments.data.splits import load_split, open_splits
 from fish_tuning.experiments.data.text_forms import standard_form
@@ -57,6 +59,7 @@ def read(tmp_path, rows, suffix="jsonl", **keys):
         ({"conversations": SHAREGPT}, {}, {"messages": CHAT}),
         ({"talk": SHAREGPT, "text": "a"}, {"messages_column": "talk"}, {"messages": CHAT}),
         ({"messages": CHAT, "prompt": "hi"}, {}, {"messages": CHAT}),
+        ({"messages": json.dumps(CHAT)}, {}, {"messages": CHAT}),
         (
             {"question": "hi ", "answer": "hello"},
             {"apply_chat_template": True},
@@ -107,6 +110,16 @@ def test_files(tmp_path, content, suffix, keys, expected):
         ([{"messages": "hi"}], {}, r"row 1: 'hi' is not a list of messages with role and content"),
         ([{"messages": [{"role": "boss", "content": "x"}]}], {}, r"message 1 has the role 'boss'"),
         ([{"messages": CHAT[:1]}], {}, r"no message is the assistant's"),
+        (
+            [{"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant", "content": ["x"]}]}],
+            {},
+            r"row 2: message 2 has the content \['x'\], which is not text",
+        ),
+        (
+            [{"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": [{"a": 1}]}]}],
+            {},
+            r"row 1: message 3 calls tools, .* write the calls into its content",
+        ),
         ([{"chosen": "x", "rejected": "y"}], {}, r"are for preference tuning"),
         (
             [{"messages": CHAT, "prompt": "x", "completion": "y"}],
@@ -154,3 +167,27 @@ def test_a_classifier_is_told_what_it_was_given(tmp_path, row, keys):
     path.write_text("\n".join([json.dumps(row)] * 12), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"dataset\.task: .* set dataset\.task: causal_lm"):
         load_data(DatasetConfig(path=str(path), **keys))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a b", "label": 1},
+        {"sentence": "a b", "Label": "x"},
+        {"premise": "a b", "hypothesis": "c", "gold_label": 0},
+    ],
+)
+def test_a_language_model_is_told_what_it_was_given(tmp_path, row):
+    """Guards against a language model trained on the texts of a classification task."""
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join([json.dumps(row)] * 12), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"dataset\.task: .* remove dataset\.task: causal_lm, or"):
+        load_generative_data(language_model_config(path))
+    column = next(iter(row))
+    data = load_generative_data(language_model_config(path, text_column=[column]))
+    assert data.train[0] == {"text": row[column]}
+
+
+def language_model_config(path, **keys):
+    dataset = {"path": str(path), "task": "causal_lm", **keys}
+    return ExperimentConfig.model_validate({"model": {"name": "m"}, "dataset": dataset})

@@ -9,6 +9,7 @@ from fish_tuning.experiments.data.prompts import prompts_of
 from fish_tuning.experiments.data.tokens import IGNORED, LossOn, tokenize_texts
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
+from tests.experiments.tiny_experiment import write_llama
 from tests.experiments.tiny_language_model import language_model
 
 CHATS = [
@@ -106,3 +107,42 @@ def test_prompts_have_all_their_completions(model_and_tokenizer):
     chat, _ = prompts_of(Dataset.from_dict({"messages": CHATS}), tokenizer)
     assert chat.references == ("w5 w6",)
     assert chat.text.split()[-2:] == ["<end>", "<assistant>"]
+
+
+def test_only_the_assistant_is_learned_of_a_completion(model_and_tokenizer):
+    """Guards completions of several turns: the user's is not learned."""
+    _, tokenizer = model_and_tokenizer
+    columns = {"prompt": [CHATS[0][:2]], "completion": [CHATS[0][2:]]}
+    for completion_only in (None, False):
+        loss = LossOn(completion_only, assistant_only=True)
+        [labels] = tokenize_texts(Dataset.from_dict(columns), tokenizer, 64, loss, "x")["labels"]
+        learned = tokenizer.decode([i for i in labels if i != IGNORED])
+        assert learned == "w3 <end> w5 w6 <end>"
+    [prompt] = prompts_of(Dataset.from_dict(columns), tokenizer)
+    assert prompt.references == ("w5 w6",)
+
+
+def test_ends_that_the_tokenizer_adds(tmp_path):
+    """Guards tokenizers that end every text themselves: prompts are not ended, texts not twice."""
+    tokenizer = load_tokenizer(ModelConfig(name=str(write_llama(tmp_path))))
+    columns = {"prompt": ["w1 w2 "], "completion": ["w3"]}
+    [prompt] = prompts_of(Dataset.from_dict(columns), tokenizer)
+    assert tokenizer.decode(prompt.input_ids) == "[CLS] w1 w2"
+    columns = {"prompt": ["w1 w2 "], "completion": ["w3 [SEP]"]}
+    [row] = tokenize_texts(Dataset.from_dict(columns), tokenizer, 64, LossOn(), "x")
+    assert tokenizer.decode(row["input_ids"]) == "[CLS] w1 w2 w3 [SEP]"
+    assert tokenizer.decode(row["labels"][3:]) == "w3 [SEP]" and row["labels"][:3] == [IGNORED] * 3
+
+
+def test_prompts_that_the_model_cannot_take(model_and_tokenizer, caplog):
+    """Guards positions beyond the model's, and generation from nothing."""
+    _, tokenizer = model_and_tokenizer
+    prompts = ["", "w1 w2 w3", "w1 w2 w3 w4"]
+    data = Dataset.from_dict({"prompt": prompts, "completion": ["w0"] * 3})
+    assert [prompt.text for prompt in prompts_of(data, tokenizer, longest=3)] == ["w1 w2 w3"]
+    assert "2 of 3 prompts are left out" in caplog.text
+    with pytest.raises(ConfigError, match=r"generation: all prompts are empty or longer than 2"):
+        prompts_of(data, tokenizer, longest=2)
+    starting = [CHATS[0][2:4], CHATS[1]]
+    [chat] = prompts_of(Dataset.from_dict({"messages": starting}), tokenizer)
+    assert chat.references == ("w8",)

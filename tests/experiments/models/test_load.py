@@ -150,3 +150,16 @@ def test_quantisation(monkeypatch):
     assert settings.load_in_4bit and settings.bnb_4bit_compute_dtype == torch.bfloat16
     assert "classifier" in settings.llm_int8_skip_modules
     assert quantization_options(ModelConfig(name="minilm")) == {}
+
+
+def test_models_that_do_not_write(tmp_path):
+    """Guards against encoders, which see what they should predict, and heads drawn at random."""
+    encoder = ModelConfig(name=str(write_bert(tmp_path / "encoder")))
+    with pytest.raises(ConfigError, match=r"model\.name: .* is an encoder, which sees the tokens"):
+        meta_model(encoder, 0)
+    headless = ModelConfig(name=str(write_llama(tmp_path / "headless")))
+    meta_model(headless, 0)
+    with pytest.raises(ConfigError, match=r"model\.name: the weights of .* lack lm_head\.weight"):
+        load_model(headless, load_tokenizer(headless), 0)
+    tied = ModelConfig(name=headless.name, config_overrides={"tie_word_embeddings": True})
+    load_model(tied, load_tokenizer(tied), 0)

@@ -29,10 +29,11 @@ def find_label_column(train: Dataset, config: DatasetConfig) -> str:
     named = _named_like_labels(train, config)
     if named:
         return named[0]
-    hint = "; if the file has no header line, set dataset.header: false or dataset.columns"
+    hint = ", or set dataset.header: false or dataset.columns if the file has no header line"
     raise ConfigError(
         "dataset.label_column: none of the columns has the name of a label: "
-        f"{', '.join(train.column_names)}; name the column{hint if config.path else ''}"
+        f"{', '.join(train.column_names)}; name the column, or set dataset.task: causal_lm if a "
+        f"language model is to learn the texts{hint if config.path else ''}"
     )
 
 

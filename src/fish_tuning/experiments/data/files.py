@@ -212,8 +212,12 @@ def _column(values: list[Any]) -> list[Any]:
     try:
         pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return [None if value is None else str(value) for value in values]
+        return [None if value is None else _as_text(value) for value in values]
     return values
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
 
 
 def _read_parquet(file: Path) -> Dataset:

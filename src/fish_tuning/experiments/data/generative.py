@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from fish_tuning.experiments.config.generation import EvaluationSetConfig
 from fish_tuning.experiments.config.schema import ExperimentConfig
-from fish_tuning.experiments.data.columns import column
 from fish_tuning.experiments.data.load import hold_out
+from fish_tuning.experiments.data.prompts import prompts_and_completions
 from fish_tuning.experiments.data.splits import (
     load_split,
     open_splits,
@@ -20,7 +20,11 @@ from fish_tuning.experiments.data.splits import (
     train_and_validation,
     usual_validation_split,
 )
-from fish_tuning.experiments.data.text_forms import kind_of, standard_form
+from fish_tuning.experiments.data.text_forms import (
+    kind_of,
+    refuse_examples_to_classify,
+    standard_form,
+)
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics.names import CAUSAL_LM, Task, metric_names
 from fish_tuning.experiments.metrics.texts import extract_answer
@@ -63,6 +67,7 @@ def load_generative_data(config: ExperimentConfig, *, seed: int = 42) -> Generat
     form = config.dataset
     splits = open_splits(form)
     train = load_split(splits, form.train_split, "train_split")
+    refuse_examples_to_classify(train.column_names, form)
     train = standard_form(train, form.train_split, form)
     if form.validation is not None:
         train = subset(train, form.max_train_samples, seed)
@@ -136,9 +141,7 @@ def _check_generation(config: ExperimentConfig, validation: Dataset) -> None:
     pattern = config.generation.answer_pattern
     if pattern is None:
         return
-    name = "messages" if kind_of(validation) == "chat" else "completion"
-    for row, value in enumerate(column(validation, name), start=1):
-        text = value if isinstance(value, str) else value[-1]["content"]
+    for row, (_, text) in enumerate(prompts_and_completions(validation), start=1):
         if extract_answer(text, pattern) is None:
             raise ConfigError(
                 f"generation.answer_pattern: {pattern!r} does not occur in the completion of "

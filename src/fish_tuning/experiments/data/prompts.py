@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
+from fish_tuning.experiments.data.chat import prompt_and_answer
 from fish_tuning.experiments.data.columns import column
 from fish_tuning.experiments.data.text_forms import kind_of
-from fish_tuning.experiments.data.tokens import Chat, rendered
+from fish_tuning.experiments.data.tokens import Chat, encoded, rendered
+from fish_tuning.experiments.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,29 @@ class Prompt:
 
 
 def prompts_of(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    longest: int | None = None,
 ) -> list[Prompt]:
     """List the different prompts of a data set, in the order of their first rows.
 
-    Of a chat, the prompt is everything before its last message of the assistant.
+    Of a chat, the prompt is everything before its last message of the assistant. Prompts without
+    a token, or with too many, are left out.
 
     Args:
         data: Prompts and completions, or chats, in the columns that `standard_form` makes.
         tokenizer: The model's tokenizer.
         limit: How many prompts to return at most.
+        longest: How many tokens a prompt may have, so that the model takes it and the text.
+
+    Raises:
+        ConfigError: No prompt is left.
     """
     found: dict[str, tuple[list[int], list[str]]] = {}
-    for given, completion in _rows(data):
+    for given, completion in prompts_and_completions(data):
         if isinstance(given, str):
-            ids, text = tokenizer(given)["input_ids"], given
+            ids, text = encoded(tokenizer, [given])[0], given
         else:
             ids = rendered(tokenizer, given, prompting=True)
             text = str(tokenizer.decode(ids))
@@ -55,22 +69,30 @@ def prompts_of(
     prompts = [
         Prompt(text, tuple(ids), tuple(dict.fromkeys(references)))
         for text, (ids, references) in found.items()
+        if ids and (longest is None or len(ids) <= longest)
     ]
+    if not prompts:
+        raise ConfigError(
+            f"generation: all prompts are empty or longer than {longest} tokens, which is what the "
+            "model takes beside generation.max_new_tokens; lower that, or give other prompts"
+        )
+    if len(prompts) < len(found):
+        logger.warning(
+            "generation: %d of %d prompts are left out, because they are empty or longer than "
+            "the %s tokens that the model takes beside generation.max_new_tokens",
+            *(len(found) - len(prompts), len(found), longest),
+        )
     return prompts[:limit]
 
 
-def _rows(data: Dataset) -> list[tuple[str | Chat, str]]:
-    """Pairs of what is given and what is to be generated."""
+def prompts_and_completions(data: Dataset) -> list[tuple[str | Chat, str]]:
+    """Pairs of what is given and what is to be generated, one per row."""
     if kind_of(data) == "chat":
-        return [_divided(messages) for messages in column(data, "messages")]
-    return [
-        (given, completion if isinstance(completion, str) else completion[0]["content"])
-        for given, completion in zip(
-            column(data, "prompt"), column(data, "completion"), strict=True
-        )
-    ]
-
-
-def _divided(messages: Chat) -> tuple[Chat, str]:
-    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], messages[last]["content"]
+        return [prompt_and_answer(messages) for messages in column(data, "messages")]
+    pairs = []
+    for given, completion in zip(column(data, "prompt"), column(data, "completion"), strict=True):
+        if isinstance(completion, str):
+            pairs.append((given, completion))
+        else:
+            pairs.append(prompt_and_answer([*given, *completion]))
+    return pairs

@@ -32,6 +32,7 @@ COMPLETIONS = tuple(dict.fromkeys(completion for _, completion in PAIRS))
 
 _AS_THEY_ARE = ("prompt", "completion")
 _CHATS = ("messages", "conversations", "conversation")
+_LABELS = ("label", "labels", "class", "gold_label")
 _PREFERENCES = {"chosen", "rejected"}
 
 
@@ -61,6 +62,21 @@ def refuse_texts_to_generate(names: Sequence[str]) -> None:
             f"dataset.task: the data has {found} and no label, so it looks like texts that a "
             f"language model learns to write; set dataset.task: {CAUSAL_LM}, or name another "
             "dataset.label_column to classify"
+        )
+
+
+def refuse_examples_to_classify(names: Sequence[str], form: TextForm) -> None:
+    """Tell that data with labels is for a classifier, unless the config says what to write.
+
+    Raises:
+        ConfigError: It looks like it.
+    """
+    labels = [name for name in names if name.lower() in _LABELS]
+    if labels and likely_form(names) is None and form.text_column is None and not form.own_keys:
+        raise ConfigError(
+            f"dataset.task: the data has the columns {', '.join(names)}, so it looks like "
+            f"classification; remove dataset.task: {CAUSAL_LM}, or set dataset.text_column to "
+            "what the model learns to write"
         )
 
 

@@ -81,21 +81,22 @@ Rows = list[tuple[list[int], list[int]]]
 
 
 def _texts(data: Dataset, tokenizer: PreTrainedTokenizerBase, loss: LossOn) -> Rows:
-    encoded = _encoded(tokenizer, [_ended(text, tokenizer) for text in column(data, "text")])
-    return [(ids, list(ids)) for ids in encoded]
+    rows = encoded(tokenizer, [_ended(text, tokenizer) for text in column(data, "text")])
+    return [(ids, list(ids)) for ids in rows]
 
 
 def _pairs(data: Dataset, tokenizer: PreTrainedTokenizerBase, loss: LossOn) -> Rows:
     prompts, completions = column(data, "prompt"), column(data, "completion")
-    if isinstance(prompts[0], list):
+    chats = isinstance(prompts[0], list)
+    if chats:
         starts = [rendered(tokenizer, prompt, prompting=True) for prompt in prompts]
         wholes = [
             rendered(tokenizer, prompt + completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
     else:
-        starts = _encoded(tokenizer, prompts)
-        wholes = _encoded(
+        starts = encoded(tokenizer, prompts)
+        wholes = encoded(
             tokenizer,
             [
                 prompt + _ended(completion, tokenizer)
@@ -103,9 +104,12 @@ def _pairs(data: Dataset, tokenizer: PreTrainedTokenizerBase, loss: LossOn) -> R
             ],
         )
     rows = []
-    for start, whole in zip(starts, wholes, strict=True):
+    for row, (start, whole) in enumerate(zip(starts, wholes, strict=True)):
         given = 0 if loss.completion_only is False else _common_prefix(start, whole)
-        rows.append((whole, [IGNORED] * given + whole[given:]))
+        learned = whole
+        if chats and loss.assistant_only:
+            learned = _assistant_labels(tokenizer, prompts[row] + completions[row], whole)
+        rows.append((whole, [IGNORED] * given + learned[given:]))
     return rows
 
 
@@ -179,9 +183,16 @@ def rendered(
     return ids
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts)["input_ids"]
-    return ids
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of texts, without an end of sequence that only the tokenizer has added.
+
+    A prompt must not end with one, nor a completion with two.
+    """
+    rows: list[list[int]] = tokenizer(texts)["input_ids"]
+    end, added = tokenizer.eos_token_id, tokenizer("")["input_ids"]
+    if end is not None and added[-1:] == [end]:
+        rows = [ids[:-1] if ids[-1:] == [end] else ids for ids in rows]
+    return rows
 
 
 def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> An
             )
         tokenizer.pad_token = tokenizer.eos_token
     if max_seq_length is not None:
-        longest = _longest_input(model_config(config), tokenizer)
+        longest = longest_input(config, tokenizer)
         if max_seq_length > longest:
             raise ConfigError(
                 f"training.max_seq_length: {max_seq_length} is more than the {longest} tokens "
@@ -138,8 +138,17 @@ def meta_model(config: ModelConfig, num_labels: int) -> PreTrainedModel:
     """
     own = model_config(config, num_labels or None)
     family: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+    # Of decoders, only the configs of types that can also be encoders have this attribute.
+    if not (num_labels or own.is_encoder_decoder) and getattr(own, "is_decoder", None) is False:
+        raise ConfigError(
+            f"model.name: {config.name!r} is an encoder, which sees the tokens that it would have "
+            "to predict; name a language model, or set model.config_overrides.is_decoder: true"
+        )
     with torch.device("meta"):
-        return _built(config, own, lambda: family.from_config(own, dtype=torch.float32))
+        model: PreTrainedModel = _built(
+            config, own, lambda: family.from_config(own, dtype=torch.float32)
+        )
+    return model
 
 
 def load_model(
@@ -170,15 +179,34 @@ def load_model(
     options |= quantization_options(config)
     source = _source(config, weights=True)
     family: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
-    model = _built(
+    model: PreTrainedModel
+    model, loaded = _built(
         config,
         own,
         lambda: family.from_pretrained(
-            source, config=own, trust_remote_code=config.trust_remote_code, **options
+            source,
+            config=own,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
         ),
     )
+    if not num_labels:
+        _check_head_loaded(config, model, loaded["missing_keys"])
     keep_differentiable(model)
     return model
+
+
+def _check_head_loaded(config: ModelConfig, model: Any, missing: Collection[str]) -> None:
+    """Check that a language model predicts with trained weights, not with new random ones."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and f"{name}.weight" in missing:
+            raise ConfigError(
+                f"model.name: the weights of {config.name!r} lack {name}.weight, with which a "
+                "language model predicts; name a language model, or set "
+                "model.config_overrides.tie_word_embeddings: true if it shares its embeddings"
+            )
 
 
 def _source(config: ModelConfig, *, weights: bool = False) -> str:
@@ -212,9 +240,9 @@ def _loaded(kind: Any, source: str, config: ModelConfig) -> Any:
         ) from error
 
 
-def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any]) -> PreTrainedModel:
+def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any]) -> Any:
     try:
-        model: PreTrainedModel = build()
+        model = build()
     except torch.OutOfMemoryError:
         raise
     # No common base class, see `_loaded`. A missing classification head is a plain ValueError.
@@ -232,8 +260,9 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
     return model
 
 
-def _longest_input(own: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_input(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of tokens that the model has positions for, as far as is known."""
+    own = model_config(config)
     positions = getattr(own, "max_position_embeddings", None) or tokenizer.model_max_length
     # RoBERTa's positions start after the padding index; its tokenizer knows the real limit.
     return int(min(positions, tokenizer.model_max_length))

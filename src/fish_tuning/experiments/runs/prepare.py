@@ -20,7 +20,7 @@ from fish_tuning.experiments.data.tokens import LossOn, tokenize_texts
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics.names import KNOWN_METRICS
 from fish_tuning.experiments.models.counts import ParameterCounts, count_parameters
-from fish_tuning.experiments.models.load import load_tokenizer
+from fish_tuning.experiments.models.load import load_tokenizer, longest_input
 from fish_tuning.experiments.runs import environment
 from fish_tuning.experiments.runs.arguments import best_by, training_arguments
 from fish_tuning.experiments.runs.preflight import CheckedExperiment
@@ -99,7 +99,9 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
     if isinstance(data, GenerativeData):
         train, validation, further = _tokenized(config, data, tokenizer)
         if config.generation is not None:
-            prompts = prompts_of(data.validation, tokenizer, config.generation.max_prompts)
+            longest = longest_input(config.model, tokenizer) - config.generation.max_new_tokens
+            limit = config.generation.max_prompts
+            prompts = prompts_of(data.validation, tokenizer, limit, longest)
     else:
         train, validation = tokenize(data, tokenizer, config.max_length)
     return PreparedExperiment(

@@ -28,6 +28,25 @@ def trainer_and_prompts(tmp_path_factory):
     return trainer, prompts_of(data, tokenizer)
 
 
+@pytest.fixture
+def with_penalties(trainer_and_prompts):
+    """The model comes with settings of its own for generation, as many published ones do."""
+    own = trainer_and_prompts[0].model.generation_config
+    own.update(repetition_penalty=3.0, no_repeat_ngram_size=1)
+    yield
+    own.update(repetition_penalty=1.0, no_repeat_ngram_size=0)
+
+
+@pytest.mark.usefixtures("with_penalties")
+def test_penalties_of_the_model_do_not_count(trainer_and_prompts):
+    """Guards against penalties on the tokens of prompts and padding."""
+    trainer, prompts = trainer_and_prompts
+    texts = generate_texts(trainer, prompts, GenerationConfig(max_new_tokens=12, batch_size=5))
+    plain = trainer.model.generation_config
+    plain.update(repetition_penalty=1.0, no_repeat_ngram_size=0)
+    assert texts == generate_texts(trainer, prompts, GenerationConfig(max_new_tokens=12))
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_batches_generate_what_single_prompts_do(trainer_and_prompts, beams):
     """Guards padding on the left, positions, the order of texts and the end of sequence."""

@@ -83,6 +83,9 @@ def _settings(model: Any, tokenizer: PreTrainedTokenizerBase, config: Generation
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         do_sample=False,
+        # Some models come with penalties, which would count the padding too.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None}),
     )
