@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from fish_tuning.experiments.data.installed_text import DEFAULT_PACKAGES, docstrings
+from fish_tuning.experiments.data.installed.text import DEFAULT_PACKAGES, docstrings
 
 logger = logging.getLogger(__name__)
 

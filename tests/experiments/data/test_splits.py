@@ -95,7 +95,7 @@ def test_installed_text(monkeypatch):
     """Guards the packaged data set's special name."""
     split = Dataset.from_dict({"text": ["a b", "c d"], "label": [0, 1]})
     monkeypatch.setattr(
-        "fish_tuning.experiments.data.installed_text.load_installed_text",
+        "fish_tuning.experiments.data.installed.text.load_installed_text",
         lambda: DatasetDict({"train": split, "validation": split}),
     )
     assert load(name="installed_text").text_columns == ("text",)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fish_tuning.cli import main
 from fish_tuning.experiments.config import yaml_file
-from fish_tuning.experiments.data import installed_text
+from fish_tuning.experiments.data.installed import text as installed_text
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models import adapters, counts
 from fish_tuning.experiments.results import read_results

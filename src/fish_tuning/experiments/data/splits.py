@@ -101,10 +101,10 @@ def subset(data: Dataset, size: int | None, seed: int) -> Dataset:
 def _load_installed(name: str) -> DatasetDict:
     """Make one of the data sets that consist of what is installed."""
     if name == INSTALLED_TEXT:
-        from fish_tuning.experiments.data.installed_text import load_installed_text
+        from fish_tuning.experiments.data.installed.text import load_installed_text
 
         return load_installed_text()
-    from fish_tuning.experiments.data.installed_prompts import load_docstrings, load_reference
+    from fish_tuning.experiments.data.installed.prompts import load_docstrings, load_reference
 
     return load_docstrings() if name == "installed_docstrings" else load_reference()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fish_tuning.experiments.data import installed_text
-from fish_tuning.experiments.data.installed_text import (
+from fish_tuning.experiments.data.installed import text as installed_text
+from fish_tuning.experiments.data.installed.text import (
     DEFAULT_PACKAGES,
     MAX_CHARS,
     MIN_CHARS,

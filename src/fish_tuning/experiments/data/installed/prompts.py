@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from datasets import Dataset, DatasetDict
 
-from fish_tuning.experiments.data.installed_text import parsed_sources, stable_hash
+from fish_tuning.experiments.data.installed.text import parsed_sources, stable_hash
 
 PACKAGES = ("sklearn", "scipy", "networkx")
 _PER_PACKAGE, _VALIDATION_SHARE = 1000, 0.2

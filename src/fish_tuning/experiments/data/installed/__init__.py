@@ -1,0 +1,1 @@
+"""Data that is made from the documentation of installed packages."""
