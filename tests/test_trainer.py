@@ -500,6 +500,15 @@ def test_optimizer_built_after_the_mask(tmp_path):
     assert_trained_where_selected(model, mask, before)
 
 
+@pytest.mark.parametrize(("rate", "density", "told"), [(2e-4, 0.02, 1), (1e-2, 0.02, 0)])
+def test_a_rate_of_dense_adapters_is_told(rate, density, told, tmp_path, caplog):
+    """Guards users who keep LoRA's rate: with few entries, little would happen."""
+    model = lora_bert()
+    mask = random_mask(model, density)
+    trainer_for(model, tmp_path, mask, learning_rate=rate, max_steps=1, warmup_steps=2).train()
+    assert caplog.text.count("may be too low: the mask selects") == told
+
+
 def test_callback_added_late(tmp_path):
     """Guards against dense training because the callback missed the Trainer's construction."""
     model = lora_bert()

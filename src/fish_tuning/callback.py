@@ -11,7 +11,14 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.arguments import check_mask
-from fish_tuning.sparse.apply import apply_mask, check_fits_model, is_masked, masked_parameters
+from fish_tuning.selection.learning_rate import advice_on_rate
+from fish_tuning.sparse.apply import (
+    apply_mask,
+    check_fits_model,
+    get_mask,
+    is_masked,
+    masked_parameters,
+)
 from fish_tuning.sparse.saving import patch_trainers, saves_itself, write_mask
 
 logger = logging.getLogger(__name__)
@@ -84,6 +91,10 @@ class FishTuningCallback(TrainerCallback):
                 "the optimizer was built before the mask was applied and holds none of the "
                 "selected values: apply the mask first, or let the Trainer build the optimizer"
             )
+        mask = get_mask(model)
+        advice = None if mask is None else advice_on_rate(mask, kwargs["optimizer"])
+        if advice is not None and state.is_world_process_zero:
+            logger.warning("%s", advice)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the mask into the checkpoint of a model that has no save_pretrained to do it."""
