@@ -34,13 +34,14 @@ PEERS = [
     {"method": "SHIRA", "config": {"r": 3}},
     {"method": "SUPERTUNING", "config": {"sparsity": 0.5625}},
 ]
+BF16 = {"bf16": True}
 OWN_WEIGHTS = [variant for variant in VARIANTS if "own_weights" in variant]
 
 
 def with_arms(model, data, output_dir, /, **changes):
     sections = {
         "lora": {"baseline_rank": 3, "fish_rank": 8},
-        "training": {"args_override": {"max_steps": 3, "eval_steps": 3, "save_steps": 3}},
+        "training": {"args_override": {"max_steps": 3, "eval_steps": 3, "save_steps": 3, **BF16}},
         "fish_tuning": {"methods_to_run": ["Original LoRA", "LoRA-FA"], "variants": VARIANTS},
         "peers": PEERS,
         **changes,
