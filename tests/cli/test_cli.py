@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and how soon."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import torch
 
 import fish_tuning
 from fish_tuning import FishMask, FishScores
+from fish_tuning.cli.terminal import quiet_libraries
 from fish_tuning.experiments.results import Results
 from tests.cli.running import (
     invoke,
@@ -711,3 +713,9 @@ def test_shell_completion():
     words = {"COMP_WORDS": "fish-tuning in", "COMP_CWORD": "1"}
     environment = os.environ | words | {"_FISH_TUNING_COMPLETE": "complete_bash"}
     assert process(env=environment).stdout.split() == ["inspect"]
+
+
+def test_libraries_are_quiet():
+    """Guards the terminal against bitsandbytes' advice on kernels, which every import brings."""
+    quiet_libraries()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
