@@ -106,6 +106,19 @@ def test_all_problems_are_told(tmp_path):
     assert len(raised.value.problems) == 2
 
 
+@pytest.mark.parametrize("to_train", [True, False])
+def test_a_search_that_holds_out_all_examples(tmp_path, to_train):
+    """Guards small files against a plan that looks well and a run that fails after it."""
+    config = experiment(
+        write_bert(tmp_path / "model"),
+        write_data(tmp_path / "data.csv"),
+        tmp_path / "out",
+        learning_rate_search={"values": [1e-3, 2e-3]},
+    )
+    with pytest.raises(ConfigError, match=r"held_out: 1,000 of 108 .*hold out fewer, such as 21"):
+        check_experiment(config, to_train=to_train)
+
+
 def test_local_data_is_handed_on(tmp_path):
     """Guards the examples that were read, and a plan against data it can do without."""
     config = experiment(write_bert(tmp_path / "model"), write_data(tmp_path / "data.csv"), tmp_path)

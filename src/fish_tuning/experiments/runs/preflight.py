@@ -86,7 +86,7 @@ def check_experiment(
     from fish_tuning.experiments.data.read import read_data
 
     try:
-        return CheckedExperiment(config, read_data(config))
+        data = read_data(config)
     except MissingFileError as error:
         if to_train:
             raise
@@ -94,6 +94,8 @@ def check_experiment(
             way_out = "or set dataset.num_labels to plan without the data"
             raise MissingFileError(f"{error}, {way_out}") from None
         return CheckedExperiment(config, None, str(error))
+    check_held_out(config, len(data.train))
+    return CheckedExperiment(config, data)
 
 
 @contextmanager
@@ -118,6 +120,24 @@ def check_packages(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"dataset.task: {CAUSAL_LM} needs {' and '.join(missing)}, not installed; run: "
             "pip install 'fish-tuning[llm]'"
+        )
+
+
+def check_held_out(config: ExperimentConfig, examples: int) -> None:
+    """Check that the search for learning rates leaves examples to train on.
+
+    Args:
+        config: The experiment.
+        examples: Number of training examples.
+
+    Raises:
+        ConfigError: It holds out all of them.
+    """
+    search = config.learning_rate_search
+    if search is not None and search.held_out >= examples:
+        raise ConfigError(
+            f"learning_rate_search.held_out: {search.held_out:,} of {examples:,} training "
+            f"examples leave none to train on; hold out fewer, such as {max(1, examples // 5):,}"
         )
 
 

@@ -17,13 +17,12 @@ from fish_tuning.experiments.data.load import hold_out, tokenize
 from fish_tuning.experiments.data.prompts import Prompt, prompts_of
 from fish_tuning.experiments.data.read import ExperimentData, read_data
 from fish_tuning.experiments.data.tokens import LossOn, tokenize_texts
-from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics.names import KNOWN_METRICS
 from fish_tuning.experiments.models.counts import ParameterCounts, count_parameters
 from fish_tuning.experiments.models.load import load_tokenizer, longest_input
 from fish_tuning.experiments.runs import environment
 from fish_tuning.experiments.runs.arguments import best_by, training_arguments
-from fish_tuning.experiments.runs.preflight import CheckedExperiment
+from fish_tuning.experiments.runs.preflight import CheckedExperiment, check_held_out
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,7 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
     if counts is None or data.num_labels != num_labels:
         counts = count_parameters(config, data.num_labels)
     best_by(config, data.metrics)
-    search = config.learning_rate_search
-    if search is not None and search.held_out >= len(data.train):
-        raise ConfigError(
-            f"learning_rate_search.held_out: {search.held_out:,} of {len(data.train):,} training "
-            "examples leave none to train on; hold out fewer"
-        )
+    check_held_out(config, len(data.train))
     further: Mapping[str, Dataset] = {}
     prompts: Sequence[Prompt] = ()
     if isinstance(data, GenerativeData):
