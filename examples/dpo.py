@@ -21,14 +21,14 @@ trainer = DPOTrainer(
     args=DPOConfig(
         args.output,
         max_steps=args.max_steps,
-        learning_rate=1e-4,
+        learning_rate=1e-3,
         bf16=torch.cuda.is_available(),  # TRL's default, True, needs an accelerator.
     ),
     train_dataset=load_dataset(args.dataset, split="train"),
     peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"),
 )
 # One example is a pair of answers: DPO's own loss of each pair is scored.
-mask = mask_trainer(trainer, FishConfig(keep_ratio=0.5, num_samples=64))
+mask = mask_trainer(trainer, FishConfig(keep_ratio=0.05, num_samples=64))
 print(mask.summary())
 trainer.train()
 trainer.save_model()

@@ -47,13 +47,13 @@ model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 
 # Every process gets the complete data to score; they share the work. Mask, and then shard.
 scored = DataLoader(data, args.batch_size, shuffle=True, collate_fn=collator)
-get_fish_model(model, FishConfig(keep_ratio=0.5), scored)
+get_fish_model(model, FishConfig(keep_ratio=0.05), scored)
 for layer in model.get_base_model().model.layers:
     fully_shard(layer)
 fully_shard(model)
 
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=1e-3)
+optimizer = torch.optim.AdamW(trained, lr=1e-2)
 sampler = DistributedSampler(data)
 loader = DataLoader(data, args.batch_size, sampler=sampler, collate_fn=collator)
 model.train()

@@ -45,11 +45,11 @@ lora = LoraConfig(
 trainer = Trainer(
     get_peft_model(model, lora),
     TrainingArguments(
-        args.output, max_steps=args.max_steps, learning_rate=1e-3, remove_unused_columns=False
+        args.output, max_steps=args.max_steps, learning_rate=1e-2, remove_unused_columns=False
     ),
     train_dataset=data.with_transform(to_pixels),
 )
-mask = mask_trainer(trainer, FishConfig(keep_ratio=0.5))
+mask = mask_trainer(trainer, FishConfig(keep_ratio=0.05))
 print(mask.summary())
 trainer.train()
 trainer.save_model()

@@ -39,10 +39,10 @@ model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=16)).to(d
 if state_file.is_file():
     apply_mask(model, FishMask.from_pretrained(args.output))
 else:
-    get_fish_model(model, FishConfig(keep_ratio=0.5), loader)
+    get_fish_model(model, FishConfig(keep_ratio=0.05), loader)
 model.print_trainable_parameters()
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=1e-3)
+optimizer = torch.optim.AdamW(trained, lr=1e-2)
 first = 0
 if state_file.is_file():
     state = torch.load(state_file, weights_only=True)

@@ -28,14 +28,14 @@ trainer = SFTTrainer(
     SFTConfig(
         args.output,
         max_steps=args.max_steps,
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         bf16=torch.cuda.is_available(),  # TRL's default, True, needs an accelerator.
         model_init_kwargs=options,
     ),
     train_dataset=load_dataset(args.dataset, split="train"),
     peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"),
 )
-mask = mask_trainer(trainer, FishConfig(keep_ratio=0.5))
+mask = mask_trainer(trainer, FishConfig(keep_ratio=0.05))
 print(mask.summary())
 trainer.train()
 trainer.save_model()

@@ -1,4 +1,4 @@
-"""Text classification: train half of the entries of a LoRA, chosen by Fisher information."""
+"""Text classification: train 5% of a LoRA, chosen by Fisher information."""
 
 import argparse
 
@@ -38,14 +38,14 @@ model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=16))
 trainer = Trainer(
     model,
     TrainingArguments(
-        args.output, max_steps=args.max_steps, learning_rate=1e-3, eval_strategy="epoch"
+        args.output, max_steps=args.max_steps, learning_rate=1e-2, eval_strategy="epoch"
     ),
     train_dataset=data["train"],
     eval_dataset=data["validation"],
     data_collator=DataCollatorWithPadding(tokenizer),
     compute_metrics=accuracy,
 )
-mask = mask_trainer(trainer, FishConfig(keep_ratio=0.5))
+mask = mask_trainer(trainer, FishConfig(keep_ratio=0.05))
 print(mask.summary())
 trainer.train()
 print(trainer.evaluate())
