@@ -10,7 +10,7 @@ from fish_tuning.experiments.data.tokens import IGNORED, LossOn, tokenize_texts
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import load_model, load_tokenizer
 from tests.experiments.tiny_experiment import write_llama
-from tests.experiments.tiny_language_model import language_model
+from tests.experiments.tiny_language_model import TEMPLATE, language_model
 
 CHATS = [
     [
@@ -120,6 +120,18 @@ def test_only_the_assistant_is_learned_of_a_completion(model_and_tokenizer):
         assert learned == "w3 <end> w5 w6 <end>"
     [prompt] = prompts_of(Dataset.from_dict(columns), tokenizer)
     assert prompt.references == ("w5 w6",)
+
+
+def test_what_the_template_writes_before_a_chat_is_not_learned(model_and_tokenizer):
+    """Guards chats that the assistant begins, in templates with a system prompt of their own."""
+    _, tokenizer = model_and_tokenizer
+    template, tokenizer.chat_template = tokenizer.chat_template, f"<system> w9 {TEMPLATE}"
+    data = Dataset.from_dict({"messages": [CHATS[1][1:] + CHATS[0][3:]]})
+    [row] = tokenize_texts(data, tokenizer, 64, LossOn(assistant_only=True), "the data")
+    tokenizer.chat_template = template
+    assert tokenizer.decode(row["input_ids"]).startswith("<system> w9 <assistant> w8")
+    learned = tokenizer.decode([i for i in row["labels"] if i != IGNORED])
+    assert learned == "w8 <end> w5 w6 <end>"
 
 
 def test_ends_that_the_tokenizer_adds(tmp_path):

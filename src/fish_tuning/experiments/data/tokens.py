@@ -135,6 +135,11 @@ def _assistant_labels(
             continue
         before = rendered(tokenizer, messages[:number], prompting=True)
         start = _common_prefix(before, whole)
+        if number == 0:
+            # There is nothing before it but what the template writes itself, a system prompt say.
+            other = "1" if message["content"].startswith("0") else "0"
+            replaced = rendered(tokenizer, [{**message, "content": other}, *messages[1:]])
+            start = _common_prefix(replaced, whole)
         end = _common_prefix(rendered(tokenizer, messages[: number + 1]), whole)
         if start < len(before) or end <= start:
             raise ConfigError(
