@@ -20,6 +20,7 @@ from fish_tuning.experiments.results import (
     RESULTS_FILE,
     RUN_FILE,
     RUNS_FOLDER,
+    Evaluated,
     Results,
     Run,
     ScoreHistogram,
@@ -83,6 +84,12 @@ files of another version are refused. Times are in seconds, sizes in bytes.
 
 Each entry of `runs`, and the content of `{RUN_FILE}`. A failed run has `error`, and everything that
 was measured before it failed.
+
+%s
+
+## Evaluated
+
+The content of `evaluated`.
 
 %s
 
@@ -153,6 +160,7 @@ def results_page() -> str:
     return _RESULTS % (
         _fields(Results),
         _fields(Run),
+        _fields(Evaluated),
         _fields(TensorDensity),
         _fields(ScoreHistogram),
         _table(("column", "meaning"), columns),

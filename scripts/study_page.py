@@ -16,6 +16,7 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, group_runs
+from fish_tuning.experiments.report.figures.picture import picture_style
 from fish_tuning.experiments.report.results_csv import csv_table
 from fish_tuning.experiments.report.statistics import (
     Difference,
@@ -23,7 +24,6 @@ from fish_tuning.experiments.report.statistics import (
     pooled_difference,
     spread,
 )
-from fish_tuning.experiments.report.style import TEXT, figure_style
 from fish_tuning.experiments.report.summary_table import format_spread
 from fish_tuning.experiments.results import Results, Run, read_results
 from fish_tuning.experiments.runs.search import chosen_learning_rates
@@ -84,7 +84,7 @@ def main() -> None:
     page = STUDY / "README.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     figure = differences_figure(pooled_differences())
-    with figure_style():
+    with picture_style():
         figure.savefig(STUDY / "differences.svg", metadata={"Date": None})
 
 
@@ -252,18 +252,18 @@ def candidates_table(sweeps: Mapping[str, str], names: Mapping[str, str]) -> Tab
 
 def differences_figure(differences: list[tuple[str, str, Difference]]) -> Figure:
     """Draw the mean and interval of each comparison, in points."""
-    with figure_style():
+    with picture_style():
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(differences)))
         axes = figure.subplots()
         for row, (_, _, difference) in enumerate(differences):
             low, high = difference.interval or (difference.mean, difference.mean)
             axes.plot([100 * low, 100 * high], [row, row], color="#3b7dd8", lw=2)
             axes.plot(100 * difference.mean, row, "o", color="#3b7dd8")
-        axes.axvline(0, color=TEXT, lw=1)
+        axes.axvline(0, color="#59636f", lw=1)
         names = [f"{arm} - {baseline}" for arm, baseline, _ in differences]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color="#d1d9e1")
         axes.set_xlabel("points, mean over tasks and seeds, 95% interval")
     return figure
 

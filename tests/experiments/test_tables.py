@@ -43,3 +43,19 @@ def test_terminal():
     assert any("[red]c" in line for line in plain)
     framed = lines(total=True)
     assert framed[-3].startswith("├") and "[red]c" in framed[-2]
+
+
+def test_terminal_puts_columns_that_do_not_fit_below():
+    """Guards against cells cut in two, and columns that are lost."""
+    headers = ("method", *(f"column number {i}" for i in range(9)))
+    table = Table(
+        headers, (("LoRA-FISH", *("+0.0086 [-0.0038, +0.0199]",) * 9), ("b", *"123456789"))
+    )
+    for total in (False, True):
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(table.terminal(total=total))
+        text = capture.get()
+        assert max(map(len, text.splitlines())) <= 80
+        assert text.count("+0.0086 [-0.0038, +0.0199]") == 9
+        assert text.count("LoRA-FISH") == 5

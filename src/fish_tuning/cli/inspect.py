@@ -39,10 +39,12 @@ def inspect(
         file = _find(folder)
         quiet_libraries()
         if picture is not None:
-            from fish_tuning.experiments.report.density import picture_kind
+            # Before anything is shown: matplotlib may be missing, or the name have a wrong ending.
+            import matplotlib  # noqa: F401
+
+            from fish_tuning.experiments.report.figures.picture import picture_kind
 
             picture_kind(picture)
-            import matplotlib  # noqa: F401  # Said to be missing before anything is shown.
         if file.name == MASK_FILE:
             if compare is not None:
                 raise ValueError(f"--compare: compares scores, and {file} is a mask's")
@@ -54,7 +56,7 @@ def inspect(
 
 
 def _show_mask(home: Path, picture: Path | None) -> None:
-    from fish_tuning.experiments.report.density import density_table
+    from fish_tuning.experiments.report.figures.density import density_table
     from fish_tuning.mask import FishMask
 
     mask = FishMask.from_pretrained(home)
@@ -65,7 +67,7 @@ def _show_mask(home: Path, picture: Path | None) -> None:
     )
     stdout().print(density_table(mask).terminal(total=True))
     if picture is not None:
-        from fish_tuning.experiments.report.density_figure import save_mask_picture
+        from fish_tuning.experiments.report.figures.picture import save_mask_picture
 
         save_mask_picture(mask, picture)
 
@@ -93,7 +95,7 @@ def _show_scores(home: Path, picture: Path | None, compare: Path | None) -> None
             show(f"mean score{f' of {side}' if side else ''}")
             stdout().print(table.terminal(total=True))
     if picture is not None:
-        from fish_tuning.experiments.report.density_figure import save_picture
+        from fish_tuning.experiments.report.figures.picture import save_picture
 
         save_picture(score_figure(scores), picture)
 

@@ -122,6 +122,7 @@ def _launch(words: list[str], num_processes: int) -> None:
 def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     from fish_tuning.experiments.report.comparison import compare
     from fish_tuning.experiments.report.summary_table import comparison_table
+    from fish_tuning.experiments.report.verdict import verdict
     from fish_tuning.experiments.report.write import write_report
     from fish_tuning.experiments.runs import processes
     from fish_tuning.experiments.runs.sweep import run_checked
@@ -132,7 +133,10 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     if not main:
         return
     paths = write_report(results, Path(checked.config.training.output_dir))
-    stdout().print(comparison_table(compare(results)).terminal())
+    comparison = compare(results)
+    stdout().print(comparison_table(comparison).terminal())
+    for finding in verdict(comparison):
+        stdout().print(str(finding), markup=False)
     for path in paths:
         show(str(path))
     runs = [*results.search, *results.runs]

@@ -20,7 +20,7 @@ EXIT_FAILED_RUNS = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_EXTRA = ("datasets", "jinja2", "matplotlib", "pyarrow", "scipy", "sklearn")
+_EXTRA = ("datasets", "jinja2", "matplotlib", "plotly", "pyarrow", "scipy", "sklearn")
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.", show_default=False)

@@ -61,6 +61,16 @@ class GeneratedExample(_Record):
     after: str = Field(description="The text generated after training.")
 
 
+class Evaluated(_Record):
+    """Which weights a run's final metrics are of."""
+
+    step: int = Field(description="The training step after which they were saved or kept.")
+    best_by: str | None = Field(
+        description="The metric by which this checkpoint was the best; null for the last step's "
+        "weights."
+    )
+
+
 class Run(_Record):
     """One arm at one budget with one seed."""
 
@@ -109,6 +119,9 @@ class Run(_Record):
         default=None,
         description="Language models: one generated text; generations.jsonl beside result.json "
         "has all of them.",
+    )
+    evaluated: Evaluated | None = Field(
+        default=None, description="Which weights the metrics are of: those of a step."
     )
     curve: list[dict[str, float]] = Field(
         default=[], description="One entry per evaluation: step, epoch, eval_loss and metrics."

@@ -33,12 +33,8 @@ def check_trackers(config: ExperimentConfig, *, installed: bool) -> None:
     Raises:
         ConfigError: A tracker is unknown or not installed.
     """
-    wanted = config.training_args.get("report_to") or []
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
     problems = []
-    for name in names:
-        if name in ("all", "none"):
-            continue
+    for name in trackers_of(config):
         if name not in known_trackers():
             problems.append(f"{name!r} is unknown; use none, all or {', '.join(known_trackers())}")
         elif installed and not _is_installed(name):
@@ -49,6 +45,15 @@ def check_trackers(config: ExperimentConfig, *, installed: bool) -> None:
     if problems:
         where = config.argument_path("report_to")
         raise ConfigError([f"{where}: {problem}" for problem in problems])
+
+
+def trackers_of(config: ExperimentConfig) -> list[str]:
+    """Return the trackers that `report_to` asks for; for "all", those that are installed."""
+    wanted = config.training_args.get("report_to") or []
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if "all" in names:
+        return [name for name in known_trackers() if _is_installed(name)]
+    return [name for name in names if name != "none"]
 
 
 @functools.cache

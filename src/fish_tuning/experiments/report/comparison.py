@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
+from fish_tuning.experiments.metrics.names import greater_is_better
 from fish_tuning.experiments.report.arm_runs import ArmRuns, baseline_of, group_runs
 from fish_tuning.experiments.report.statistics import (
     Difference,
@@ -36,6 +37,7 @@ class ArmSummary:
         difference: Main metric minus the baseline's; None also for the baseline itself.
         further: Every other metric of a language model, by name.
         before: The metrics of a language model before training, by name.
+        forgetting: How much the loss on each further evaluation set has grown, by the set's name.
     """
 
     runs: ArmRuns
@@ -47,6 +49,7 @@ class ArmSummary:
     difference: Difference | None
     further: Mapping[str, Spread | None]
     before: Mapping[str, Spread | None]
+    forgetting: Mapping[str, Spread | None]
 
     @property
     def label(self) -> str:
@@ -109,6 +112,11 @@ def _summary(group: ArmRuns, groups: Sequence[ArmRuns], metric: str | None) -> A
             name: over_seeds(_before(name))
             for name in dict.fromkeys(name for run in group.finished for name in run.metrics_before)
         },
+        forgetting={
+            name.removesuffix("_loss"): over_seeds(_growth(name))
+            for name in _further_metrics(groups, metric)
+            if name.endswith("_loss") and name != "eval_loss"
+        },
     )
 
 
@@ -118,6 +126,14 @@ def _after(name: str) -> Callable[[Run], float | None]:
 
 def _before(name: str) -> Callable[[Run], float | None]:
     return lambda run: run.metrics_before.get(name)
+
+
+def _growth(name: str) -> Callable[[Run], float | None]:
+    def growth(run: Run) -> float | None:
+        after, before = run.metrics.get(name), run.metrics_before.get(name)
+        return None if after is None or before is None else after - before
+
+    return growth
 
 
 def _further_metrics(groups: Sequence[ArmRuns], main: str | None) -> list[str]:
@@ -177,9 +193,11 @@ def pool(comparisons: Sequence[Comparison]) -> list[PooledArm]:
     """Summarize several sweeps: one entry per arm and budget that all of them have.
 
     Returns:
-        The entries; none for a single sweep.
+        The entries; none for a single sweep, or if higher is better in some sweeps and lower in
+        others.
     """
-    if len(comparisons) < 2:
+    directions = {c.metric is not None and greater_is_better(c.metric) for c in comparisons}
+    if len(comparisons) < 2 or len(directions) > 1:
         return []
     by_label = [{arm.label: arm for arm in comparison.arms} for comparison in comparisons]
     pooled = []

@@ -33,7 +33,7 @@ def notes_on(comparison: Comparison) -> list[str]:
         notes.append(
             "Loss: mean negative log-likelihood per token, in nats, over all tokens that count; "
             "perplexity: its exponential. An arrow leads from the model before training to the "
-            "model after it."
+            "model after it. Forgetting: how much the loss on a further evaluation set has grown."
         )
     if len(comparison.arms) > 1 and any(arm.is_baseline for arm in comparison.arms):
         notes.append(

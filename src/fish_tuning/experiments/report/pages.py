@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from importlib.resources import files
 from itertools import count
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
 
 from fish_tuning.experiments.report.comparison import (
     Comparison,
@@ -16,7 +20,11 @@ from fish_tuning.experiments.report.comparison import (
     pool,
     summarize_search,
 )
-from fish_tuning.experiments.report.gallery import exhibits
+from fish_tuning.experiments.report.completeness import completeness, config_of
+from fish_tuning.experiments.report.explanations import explain_arms, explain_checkpoint
+from fish_tuning.experiments.report.figures.gallery import exhibits
+from fish_tuning.experiments.report.figures.mask_map import highest_density
+from fish_tuning.experiments.report.figures.style import color_by_arm
 from fish_tuning.experiments.report.notes import notes_on
 from fish_tuning.experiments.report.summary_table import (
     comparison_table,
@@ -25,40 +33,79 @@ from fish_tuning.experiments.report.summary_table import (
     run_table,
     search_table,
 )
-from fish_tuning.experiments.report.svg import to_svg
+from fish_tuning.experiments.report.verdict import pooled_verdict, verdict
 from fish_tuning.experiments.results import Results, Run
 from fish_tuning.experiments.tables import markdown_text
 
+_TEMPLATES = "templates"
+
 
 def html_report(sweeps: Sequence[Results]) -> str:
-    """Return the report as one HTML file that loads nothing and runs nothing."""
-    return _render("report.html", sweeps)
+    """Return the report as one HTML file that loads nothing.
+
+    What the files of a sweep hold is text in it, never markup: templates escape it, figures are
+    JSON without a `<`, and the browser is told to run no script but the report's own two.
+    """
+    comparisons = [compare(sweep) for sweep in sweeps]
+    masks = [
+        [tensor for run in group.finished for tensor in run.mask_density]
+        for comparison in comparisons
+        for group in comparison.groups
+    ]
+    highest = highest_density(masks)
+    sections: list[dict[str, Any]] = []
+    figures: list[str] = []
+    for number, sweep, comparison in zip(count(1), sweeps, comparisons, strict=False):
+        shown = [e for e in exhibits(comparison, highest) if e.figure is not None]
+        of_sweep = [
+            {
+                "number": len(figures) + place,
+                "title": exhibit.title,
+                "caption": exhibit.caption,
+                "arm": exhibit.arm,
+                "height": exhibit.figure.layout.height if exhibit.figure else 0,
+            }
+            for place, exhibit in enumerate(shown)
+        ]
+        figures += [exhibit.figure.to_json() for exhibit in shown if exhibit.figure]
+        sections.append(_section(sweep, comparison) | {"number": number, "figures": of_sweep})
+    script = files("fish_tuning.experiments.report") / _TEMPLATES / "report.js"
+    scripts = [get_plotlyjs(), script.read_text(encoding="utf-8")]
+    return (
+        _environment(autoescape=True)
+        .get_template("report.html")
+        .render(
+            _page(sweeps, comparisons, sections),
+            figures=f"[{','.join(figures)}]".replace("<", "\\u003c"),
+            scripts=scripts,
+            script_hashes=" ".join(map(_hash, scripts)),
+        )
+    )
 
 
 def markdown_report(sweeps: Sequence[Results]) -> str:
-    """Return the report in Markdown: tables and failed runs, without figures."""
-    return _render("report.md", sweeps)
-
-
-def _render(template: str, sweeps: Sequence[Results]) -> str:
+    """Return the report in Markdown: the verdict, tables and failed runs, without figures."""
     comparisons = [compare(sweep) for sweep in sweeps]
-    markdown = template.endswith(".md")
-    environment = Environment(
-        loader=PackageLoader("fish_tuning.experiments.report"),
-        autoescape=not markdown,
-        finalize=_escape_markdown if markdown else None,
+    sections = [_section(*pair) for pair in zip(sweeps, comparisons, strict=True)]
+    environment = _environment(autoescape=False, finalize=_escape_markdown)
+    return environment.get_template("report.md").render(_page(sweeps, comparisons, sections))
+
+
+def _environment(**options: Any) -> Environment:
+    return Environment(
+        loader=PackageLoader("fish_tuning.experiments.report", _TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        **options,
     )
-    return environment.get_template(template).render(
-        title=sweeps[0].name if len(sweeps) == 1 else "Results",
-        sweeps=list(map(_section, count(1), sweeps, comparisons)),
-        overview=overview_table(comparisons),
-        pooled=pooled_table(pool(comparisons)),
-        notes=list(dict.fromkeys(note for c in comparisons for note in notes_on(c))),
-    )
+
+
+def _hash(script: str) -> str:
+    """What a Content-Security-Policy calls a script that may run."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _escape_markdown(value: object) -> object:
@@ -66,22 +113,41 @@ def _escape_markdown(value: object) -> object:
     return value if hasattr(value, "__html__") else markdown_text(str(value))
 
 
-def _section(number: int, sweep: Results, comparison: Comparison) -> dict[str, Any]:
+def _page(
+    sweeps: Sequence[Results], comparisons: Sequence[Comparison], sections: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the templates show of all sweeps."""
+    pooled = pool(comparisons)
+    return {
+        "title": sweeps[0].name if len(sweeps) == 1 else "Results",
+        "sweeps": sections,
+        "overview": overview_table(comparisons),
+        "pooled": pooled_table(pooled),
+        "pooled_verdict": pooled_verdict(pooled, comparisons[0].metric or "") if pooled else [],
+        "notes": list(dict.fromkeys(note for c in comparisons for note in notes_on(c))),
+    }
+
+
+def _section(sweep: Results, comparison: Comparison) -> dict[str, Any]:
     """What the templates show of one sweep."""
     model, dataset = model_and_dataset(sweep)
+    config = config_of(sweep)
     return {
-        "number": number,
         "name": sweep.name,
         "model": model,
         "dataset": dataset,
+        "completeness": completeness(sweep),
+        "verdict": verdict(comparison),
+        "checkpoint": explain_checkpoint(sweep.runs, config),
+        "arms": color_by_arm(group.arm for group in comparison.groups),
+        "explanations": explain_arms(comparison.groups, config),
         "table": comparison_table(comparison),
+        "table_arms": [group.arm for group in comparison.groups],
         "search": search_table(summarize_search(sweep)),
-        "failed": [run for run in [*sweep.search, *sweep.runs] if run.status == "failed"],
         "example": _example(comparison),
-        # A generator: only the template that shows the figures has them drawn.
-        "figures": _figures(number, comparison),
         "runs": run_table(sweep.runs, comparison.metric),
-        "environment": _environment(sweep.runs),
+        "run_arms": [run.arm for run in sweep.runs],
+        "environment": _environment_of(sweep.runs),
         "config": json.dumps(sweep.config, indent=2, ensure_ascii=False, default=str),
     }
 
@@ -104,14 +170,7 @@ def _example(comparison: Comparison) -> list[tuple[str, str]]:
     return texts
 
 
-def _figures(number: int, comparison: Comparison) -> Iterator[dict[str, str]]:
-    for position, (title, caption, figure) in enumerate(exhibits(comparison)):
-        if figure is not None:
-            svg = to_svg(figure, f"s{number}f{position}", f"{title}. {caption}")
-            yield {"title": title, "caption": caption, "svg": svg}
-
-
-def _environment(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _environment_of(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Commit, hardware and versions, each with its different values over all runs."""
     found: dict[str, dict[str, None]] = {}
     for run in runs:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from fish_tuning.experiments.report.density import short_names
+from fish_tuning.experiments.report.figures.density import short_names
 from fish_tuning.experiments.tables import Table
 from fish_tuning.names import Place, place_of
 
@@ -86,7 +86,7 @@ def score_figure(scores: Mapping[str, Tensor]) -> Figure:
     Raises:
         ValueError: There are no scores, or some are negative.
     """
-    from fish_tuning.experiments.report.density_figure import heatmap
+    from fish_tuning.experiments.report.figures.picture import heatmap
 
     means = {place: found.mean for place, found in sum_by_place(scores).items()}
     if not means or min(means.values()) < 0:

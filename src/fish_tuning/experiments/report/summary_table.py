@@ -14,7 +14,7 @@ from fish_tuning.experiments.report.comparison import (
     SearchSummary,
 )
 from fish_tuning.experiments.report.statistics import Difference, Spread
-from fish_tuning.experiments.results import Run
+from fish_tuning.experiments.results import Evaluated, Run
 from fish_tuning.experiments.tables import MISSING, Table
 
 
@@ -22,21 +22,33 @@ def comparison_table(comparison: Comparison) -> Table:
     """The arms of a sweep: one row per arm and budget."""
     columns: dict[str, Callable[[ArmSummary], str]] = {
         "Method": lambda arm: arm.label,
-        "Train Time (s)": lambda arm: format_spread(arm.train_seconds, "{:,.1f}"),
-        "Peak Memory (MiB)": lambda arm: format_spread(arm.peak_memory_mib, "{:,.0f}"),
+        f"Val {metric_title(comparison.metric)}": lambda arm: format_spread(arm.metric, "{:.4f}"),
+        f"Difference to {ORIGINAL_LORA}": _difference,
+        "Seeds": _seeds,
         "Final Trainable Params": lambda arm: format_spread(arm.trainable_params, "{:,.0f}"),
         "Learning Rate": _learning_rates,
-        f"Val {metric_title(comparison.metric)}": lambda arm: format_spread(arm.metric, "{:.4f}"),
-        "Seeds": _seeds,
-        f"Difference to {ORIGINAL_LORA}": _difference,
-        **{
-            _further_title(name): _further(name)
-            for name in dict.fromkeys(name for arm in comparison.arms for name in arm.further)
-        },
+        **_further_columns(comparison.arms),
+        "Train Time (s)": lambda arm: format_spread(arm.train_seconds, "{:,.1f}"),
+        "Peak Memory (MiB)": lambda arm: format_spread(arm.peak_memory_mib, "{:,.0f}"),
     }
     if not any(arm.learning_rates for arm in comparison.arms):
         del columns["Learning Rate"]
     return Table.of(comparison.arms, columns)
+
+
+def _further_columns(arms: Sequence[ArmSummary]) -> dict[str, Callable[[ArmSummary], str]]:
+    """Columns that only language models have: more metrics, and what was forgotten."""
+    columns = {
+        _further_title(name): _further(name)
+        for name in dict.fromkeys(name for arm in arms for name in arm.further)
+    }
+    for name in dict.fromkeys(name for arm in arms for name in arm.forgetting):
+        columns[f"{name}: Forgetting"] = _forgetting(name)
+    return columns
+
+
+def _forgetting(name: str) -> Callable[[ArmSummary], str]:
+    return lambda arm: format_spread(arm.forgetting.get(name), "{:+.4f}")
 
 
 def _further_title(name: str) -> str:
@@ -120,10 +132,17 @@ def run_table(runs: Sequence[Run], metric: str | None) -> Table:
             "Total params": lambda run: format_number(run.total_params, "{:,}"),
             "Scoring (s)": lambda run: format_number(run.score_seconds, "{:,.1f}"),
             "Training (s)": lambda run: format_number(run.train_seconds, "{:,.1f}"),
+            "Metrics of": lambda run: MISSING if run.evaluated is None else _weights(run.evaluated),
             "Adapter file (bytes)": lambda run: format_number(run.adapter_bytes, "{:,}"),
             "Adapter": lambda run: run.adapter or MISSING,
         },
     )
+
+
+def _weights(evaluated: Evaluated) -> str:
+    if evaluated.best_by is None:
+        return f"last step, {evaluated.step:,}"
+    return f"step {evaluated.step:,}, best {metric_title(evaluated.best_by)}"
 
 
 def metric_title(metric: str | None) -> str:
@@ -150,7 +169,7 @@ def format_spread(values: Spread | None, form: str) -> str:
         return MISSING
     if values.std is None or (values.std == 0 and values.mean == int(values.mean)):
         return form.format(values.mean)
-    return f"{form.format(values.mean)} ± {form.format(values.std)}"
+    return f"{form.format(values.mean)} ± {form.format(values.std).removeprefix('+')}"
 
 
 def format_difference(difference: Difference | None) -> str:

@@ -13,6 +13,9 @@ from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError, first_line
 from fish_tuning.experiments.metrics.names import TEXT_METRICS, greater_is_better
 
+PROJECT = "fish-tuning"
+"""What trackers call the project, unless the config does."""
+
 
 def training_arguments(
     config: ExperimentConfig,
@@ -49,6 +52,7 @@ def training_arguments(
         args.setdefault("average_tokens_across_devices", False)
     args["metric_for_best_model"], args["greater_is_better"] = best_by(config, metrics)
     args.setdefault("report_to", "none")
+    args.setdefault("project", PROJECT)
     args.setdefault("save_total_limit", 2)
     args.setdefault("log_level_replica", "error")
     args.setdefault("dataloader_pin_memory", torch.cuda.is_available())

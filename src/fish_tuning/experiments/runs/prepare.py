@@ -39,6 +39,7 @@ class PreparedExperiment:
         commit: Git commit of the working folder.
         further: Tokenized evaluation sets of a language model, by name.
         prompts: What a language model generates texts from.
+        name: The experiment's name.
     """
 
     config: ExperimentConfig
@@ -50,6 +51,7 @@ class PreparedExperiment:
     commit: str | None
     further: Mapping[str, Dataset] = field(default_factory=dict)
     prompts: Sequence[Prompt] = ()
+    name: str = "experiment"
 
     def holding_out(self, size: int) -> PreparedExperiment:
         """The same experiment, evaluated on training examples that it does not train on."""
@@ -69,8 +71,12 @@ class PreparedExperiment:
         return collator
 
 
-def prepare(checked: CheckedExperiment) -> PreparedExperiment:
+def prepare(checked: CheckedExperiment, *, name: str = "experiment") -> PreparedExperiment:
     """Check the rest of an experiment, without loading weights, and make its examples ready.
+
+    Args:
+        checked: The experiment.
+        name: Its name.
 
     Raises:
         ConfigError: Something in the config, the model or the data is wrong.
@@ -108,6 +114,7 @@ def prepare(checked: CheckedExperiment) -> PreparedExperiment:
         commit=environment.commit(),
         further=further,
         prompts=prompts,
+        name=name,
     )
 
 

@@ -68,7 +68,7 @@ def run_checked(checked: CheckedExperiment, *, name: str, ray_cpus: int | None =
         KeyboardInterrupt: The sweep was interrupted. Another call continues it.
     """
     with quiet(), contextlib.ExitStack() as stack:
-        experiment = prepare(checked)
+        experiment = prepare(checked, name=name)
         folder = Path(experiment.config.training.output_dir)
         processes.in_main(lambda: _check_processes(experiment.config, folder))
         processes.in_main(lambda: stack.enter_context(locked(folder)))

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.models.adapters import add_adapter, trainable_tensors
 from fish_tuning.experiments.models.load import load_model
-from fish_tuning.experiments.results import Run, tensor_densities
+from fish_tuning.experiments.results import Evaluated, Run, tensor_densities
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.checkpoints import DatedByStep, newest_complete
@@ -90,6 +90,7 @@ def run_arm(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Repo
         trainable_params=measurements.trainable,
         changed_params=sum(measurements.changed_counts().values()),
         metrics=metrics,
+        evaluated=_evaluated(trainer),
         metrics_before=before.metrics if before else {},
         **generated,
         **_curves(history, experiment.data.metrics),
@@ -138,6 +139,7 @@ def _arguments(
 ) -> TrainingArguments:
     if arm.learning_rate is not None:
         changes["learning_rate"] = arm.learning_rate
+    changes["run_name"] = arm.title  # what trackers call the run
     metrics = experiment.data.metrics
     return training_arguments(experiment.config, folder, arm.seed, metrics, **changes)
 
@@ -180,6 +182,7 @@ def _select(
             eval_strategy="no",
             save_strategy="no",
             load_best_model_at_end=False,
+            report_to="none",
         )
         return build_trainer(model, experiment, without_saving, None, [])
 
@@ -201,6 +204,15 @@ def _train(trainer: Trainer, arm: Arm, folder: Path, measurements: Measurements)
     set_seed(arm.seed)
     with measurements.memory:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _evaluated(trainer: Trainer) -> Evaluated:
+    """Which weights the trained model has: those of the best checkpoint, or of the last step."""
+    args, state = trainer.args, trainer.state
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+        return Evaluated(step=step, best_by=args.metric_for_best_model)
+    return Evaluated(step=state.global_step, best_by=None)
 
 
 def _save_adapter(trainer: Trainer, folder: Path, start: Mapping[str, Tensor]) -> int:

@@ -15,6 +15,7 @@ from fish_tuning.experiments.runs import processes, training
 from fish_tuning.experiments.runs.measurements import Report
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from fish_tuning.experiments.runs.record import failed_run, now, run_folder, write_record
+from fish_tuning.experiments.runs.tracking.trackers import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ def carry_out(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Re
     started = now()
     error = None
     try:
-        run = training.run_arm(arm, experiment, folder, report)
+        with tracked(arm, experiment, folder) as summarize:
+            run = training.run_arm(arm, experiment, folder, report)
+            summarize(run)
     # Whatever goes wrong in one run, the others still have to run.
     except Exception as caught:
         error = caught

@@ -8,36 +8,32 @@ import torch
 from matplotlib.image import imread
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.report.density_figure import (
-    density_figure,
-    mask_figure,
-    save_mask_picture,
-)
-from fish_tuning.experiments.results import TensorDensity
+from fish_tuning.experiments.report.figures.picture import mask_figure, save_mask_picture
 
 
 def heatmap(axes):
     """The values that a panel's cells show, from the top row down."""
-    return np.ma.filled(axes.collections[0].get_array(), np.nan)[::-1]
+    return np.ma.filled(axes.images[0].get_array(), np.nan)
 
 
-def test_density_by_layer_and_module():
-    """Guards against cells in the wrong row, column or panel, and seeds that overwrite each
-    other."""
+def test_picture_has_a_panel_for_each_side():
+    """Guards against cells in the wrong row, column or panel."""
     name = "base_model.model.bert.encoder.layer.{}.{}.lora_{}.default.weight"
-    tensors = [
-        TensorDensity(name=name.format(10, "attention.self.query", "A"), selected=1, entries=10),
-        TensorDensity(name=name.format(10, "attention.self.query", "A"), selected=2, entries=10),
-        TensorDensity(name=name.format(2, "attention.self.query", "A"), selected=5, entries=10),
-        TensorDensity(name=name.format(2, "attention.output.dense", "B"), selected=4, entries=10),
-        TensorDensity(name=name.format(2, "output.dense", "B"), selected=0, entries=10),
-        TensorDensity(name="base_model.model.classifier.weight", selected=9, entries=9),
-    ]
-    figure = density_figure(tensors)
+    bits = torch.arange(10).reshape(2, 5)
+    mask = FishMask(
+        {
+            name.format(10, "attention.self.query", "A"): bits < 2,
+            name.format(2, "attention.self.query", "A"): bits < 5,
+            name.format(2, "attention.output.dense", "B"): bits < 4,
+            name.format(2, "output.dense", "B"): bits < 0,
+            "base_model.model.classifier.weight": torch.ones(9).bool(),
+        }
+    )
+    figure = mask_figure(mask)
     a, b, _ = figure.axes
     assert [axes.get_title() for axes in (a, b)] == ["A", "B"]
-    assert heatmap(a).tolist() == [[0.15], [0.5]]
-    np.testing.assert_equal(heatmap(b), [[np.nan, np.nan], [0.4, 0.0]])
+    assert heatmap(a).tolist() == [[0.5], [0.2]]
+    np.testing.assert_equal(heatmap(b), [[0.4, 0.0], [np.nan, np.nan]])
     assert [t.get_text() for t in a.get_yticklabels()] == ["2", "10"]
     assert [t.get_text() for t in b.get_xticklabels()] == [
         "attention.output.dense",
@@ -53,7 +49,7 @@ def test_mask_figure_counts_the_mask():
     tensor[0, :3] = True
     mask = FishMask({"layers.0.fc.weight": tensor, "layers.1.fc.weight": ~tensor})
     panel = mask_figure(mask).axes[0]
-    assert heatmap(panel).tolist() == [[0.85], [0.15]]
+    assert heatmap(panel).tolist() == [[0.15], [0.85]]
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "PNG"])
@@ -70,6 +66,19 @@ def test_mask_pictures(tmp_path, ending):
         assert ElementTree.parse(paths[0]).getroot().tag.endswith("svg")
     else:
         assert imread(paths[0], format="png").shape[2] == 4
+
+
+def test_pictures_do_not_depend_on_the_users_settings(tmp_path):
+    """Guards against bytes that change with a matplotlibrc, and settings that leak out."""
+    import matplotlib
+
+    mask = FishMask({"layers.0.lora_A.weight": torch.eye(3).bool()})
+    save_mask_picture(mask, tmp_path / "a.svg")
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": False}):
+        before = dict(matplotlib.rcParams)
+        save_mask_picture(mask, tmp_path / "b.svg")
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_mask_pictures_of_other_endings_are_refused(tmp_path):

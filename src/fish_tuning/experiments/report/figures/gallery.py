@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
+from plotly.graph_objects import Figure
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, percent
 from fish_tuning.experiments.report.comparison import Comparison
-from fish_tuning.experiments.report.density_figure import density_figure
-from fish_tuning.experiments.report.figures import (
+from fish_tuning.experiments.report.figures.density import mask_densities
+from fish_tuning.experiments.report.figures.mask_map import mask_map
+from fish_tuning.experiments.report.figures.style import color_by_arm
+from fish_tuning.experiments.report.figures.sweep import (
     metric_by_arm,
     score_distribution,
     trade_off,
@@ -18,49 +20,68 @@ from fish_tuning.experiments.report.figures import (
     validation_curve,
 )
 from fish_tuning.experiments.report.summary_table import metric_title
-from fish_tuning.experiments.results import ScoreHistogram
+from fish_tuning.experiments.results import ScoreHistogram, TensorDensity
 
 
 class Exhibit(NamedTuple):
-    """A figure with its title and caption; the figure is None where there is nothing to draw."""
+    """A figure with its title and caption; the figure is None where there is nothing to draw.
+
+    `arm` is the arm that the figure is about, if it is about a single one.
+    """
 
     title: str
     caption: str
     figure: Figure | None
+    arm: str | None = None
 
 
-def exhibits(comparison: Comparison) -> Iterator[Exhibit]:
-    """Draw the figures of a sweep."""
+def exhibits(comparison: Comparison, highest_density: float) -> Iterator[Exhibit]:
+    """Draw the figures of a sweep.
+
+    Args:
+        comparison: The sweep.
+        highest_density: The end of the color scale that all masks share.
+    """
     groups, metric = comparison.groups, comparison.metric
     title = metric_title(metric)
+    colors = color_by_arm(group.arm for group in groups)
     if metric is not None:
         yield Exhibit(
             f"{title} by method",
             "One dot per seed, with a line at the mean if there are several.",
-            metric_by_arm(groups, metric),
+            metric_by_arm(groups, metric, colors),
         )
         yield Exhibit(
-            f"{title} against trainable parameters",
-            "One dot per seed, with a line through the means.",
-            trade_off(groups, metric),
+            f"{title} against trained parameters",
+            "Means over the seeds, with their standard deviation. The dotted line is the Pareto "
+            "front: no other arm is better with as few parameters.",
+            trade_off(groups, metric, colors),
         )
     for suffix, part in _by_budget(groups):
         several = any(len(group.finished) > 1 for group in part)
         caption = "A thin line per seed, a thick one for their mean."
         caption = caption if several else "One seed."
-        yield Exhibit(f"Training loss{suffix}", caption, training_loss(part))
+        yield Exhibit(f"Training loss{suffix}", caption, training_loss(part, colors))
         if metric is not None:
             heading = f"Validation {title} while training{suffix}"
-            yield Exhibit(heading, caption, validation_curve(part, metric))
+            yield Exhibit(heading, caption, validation_curve(part, metric, colors))
     for group in groups:
-        seeds = len(group.finished)
+        masks = [tensor for run in group.finished for tensor in run.mask_density]
         yield Exhibit(
             f"What {group.label} trains",
-            "Fraction of the adapter's entries that the mask selects, by layer and module"
-            f"{f', mean over {seeds} seeds' if seeds > 1 else ''}.",
-            density_figure(tensor for run in group.finished for tensor in run.mask_density),
+            _mask_caption(masks, len(group.finished)),
+            mask_map(masks, highest_density),
+            group.arm,
         )
     yield from _score_exhibits(groups)
+
+
+def _mask_caption(masks: Sequence[TensorDensity], seeds: int) -> str:
+    caption = "Fraction of the adapter's entries that the mask selects, by layer and module"
+    caption += f", mean over {seeds} seeds" if seeds > 1 else ""
+    _, heads = mask_densities(masks)
+    in_full = f" Trained in full: {', '.join(heads)}." if heads else ""
+    return f"{caption}. All masks share one color scale.{in_full}"
 
 
 def _score_exhibits(groups: Sequence[ArmRuns]) -> Iterator[Exhibit]:
@@ -74,6 +95,7 @@ def _score_exhibits(groups: Sequence[ArmRuns]) -> Iterator[Exhibit]:
                 f"Fisher scores of {group.label}",
                 "Entries by score on a logarithmic axis, one line per seed.",
                 score_distribution(group),
+                group.arm,
             )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fish_tuning.experiments.results import TensorDensity, tensor_densities
 from fish_tuning.experiments.tables import Table
 from fish_tuning.mask import FishMask
 from fish_tuning.names import Place, place_of
+
+# Title of the panel of each side; the third is for what is not LoRA.
+_PANELS = {"A": "A", "B": "B", "": "other"}
 
 
 class Counts(NamedTuple):
@@ -24,6 +26,23 @@ class Counts(NamedTuple):
     def density(self) -> float:
         """The selected fraction."""
         return self.selected / self.entries
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A map of numbers, with a row per layer and a column per module.
+
+    Attributes:
+        title: The side of LoRA; empty if there is only one panel of what is not LoRA.
+        layers: Labels of the rows.
+        modules: Labels of the columns.
+        values: Row by row; None where a layer has no such module.
+    """
+
+    title: str
+    layers: tuple[str, ...]
+    modules: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
 
 
 def count_by_place(tensors: Iterable[TensorDensity]) -> dict[Place, Counts]:
@@ -75,13 +94,46 @@ def density_table(mask: FishMask) -> Table:
     )
 
 
-def picture_kind(path: str | os.PathLike[str]) -> str:
-    """The format that a picture's file name asks for: "png" or "svg".
+def mask_densities(tensors: Iterable[TensorDensity]) -> tuple[dict[Place, float], list[str]]:
+    """Return the densities to draw, and the modules that are trained in full and not drawn.
 
-    Raises:
-        ValueError: The name has another ending.
+    If there are A and B, modules outside the numbered layers that are trained in full (the head)
+    are not drawn.
+
+    Args:
+        tensors: Tensors of one mask, or of several over which the densities are the mean.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise ValueError(f"A picture is a .png or .svg file, and {str(path)!r} is neither.")
-    return kind
+    counts = count_by_place(tensors)
+    heads = [
+        place
+        for place, (selected, entries) in counts.items()
+        if not place.side and place.layer is None and selected == entries
+    ]
+    if not any(place.side for place in counts):
+        heads = []
+    densities = {place: count.density for place, count in counts.items() if place not in heads}
+    return densities, [place.module for place in heads]
+
+
+def panels(values: Mapping[Place, float]) -> list[Panel]:
+    """Arrange numbers by place: a panel for A, for B and for everything else."""
+    modules = {
+        side: list(dict.fromkeys(place.module for place in values if place.side == side))
+        for side in _PANELS
+        if any(place.side == side for place in values)
+    }
+    names = short_names({place.module for place in values})
+    # Modules outside the numbered layers come below all layers.
+    layers = sorted({place.layer for place in values}, key=lambda n: (n is None, n or 0))
+    return [
+        Panel(
+            title=_PANELS[side] if any(modules) else "",
+            layers=tuple("none" if layer is None else str(layer) for layer in layers),
+            modules=tuple(names[module] for module in of_side),
+            values=tuple(
+                tuple(values.get(Place(layer, module, side)) for module in of_side)
+                for layer in layers
+            ),
+        )
+        for side, of_side in modules.items()
+    ]

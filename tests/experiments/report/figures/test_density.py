@@ -3,7 +3,7 @@
 import torch
 
 from fish_tuning import FishMask
-from fish_tuning.experiments.report.density import density_table
+from fish_tuning.experiments.report.figures.density import density_table
 
 
 def test_density_table_tells_modules_of_one_name_apart():

@@ -1,0 +1,1 @@
+"""Figures: interactive ones of a sweep, and pictures of masks and scores."""

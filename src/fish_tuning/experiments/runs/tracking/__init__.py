@@ -1,0 +1,1 @@
+"""Experiment trackers: one tracked run per run of a sweep."""
