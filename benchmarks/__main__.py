@@ -29,7 +29,7 @@ from benchmarks.training import (
     time_of_peers,
 )
 from benchmarks.training_memory import memory_of_training, optimizer_state
-from fish_tuning.experiments.runs.environment import commit, hardware, versions
+from fish_tuning.experiments.environment import commit, hardware, versions
 
 CASES = {
     case.__name__: case

@@ -297,7 +297,7 @@ def test_env_names_versions_and_devices():
 def test_env_with_a_broken_torch(monkeypatch):
     """Guards bug reports about the very installation that does not import."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "fish_tuning.experiments.runs.environment", raising=False)
+    monkeypatch.delitem(sys.modules, "fish_tuning.experiments.environment", raising=False)
     result = invoke("env")
     assert result.exit_code == 0
     assert "torch cannot be imported: ModuleNotFoundError" in result.stdout

@@ -25,7 +25,7 @@ def _platform() -> Iterator[tuple[str, str]]:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    from fish_tuning.experiments.runs.environment import PACKAGES, versions
+    from fish_tuning.experiments.environment import PACKAGES, versions
 
     found = versions()
     for package in PACKAGES:

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from fish_tuning.experiments import environment
 from fish_tuning.experiments.arms import ArmKey
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.data.generative import GenerativeData
@@ -20,7 +21,6 @@ from fish_tuning.experiments.data.tokens import LossOn, tokenize_texts
 from fish_tuning.experiments.metrics.names import KNOWN_METRICS
 from fish_tuning.experiments.models.counts import ParameterCounts, count_parameters
 from fish_tuning.experiments.models.load import load_tokenizer, longest_input
-from fish_tuning.experiments.runs import environment
 from fish_tuning.experiments.runs.arguments import best_by, training_arguments
 from fish_tuning.experiments.runs.preflight import CheckedExperiment, check_held_out
 

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fish_tuning.experiments import environment
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.metrics.names import metric_key
 from fish_tuning.experiments.results import RUN_FILE, RUNS_FOLDER, Run, read_run, write_json
-from fish_tuning.experiments.runs import environment
+from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 
 ADAPTER_FOLDER = "adapter"
@@ -82,7 +83,7 @@ def run_record(arm: Arm, experiment: PreparedExperiment, started: str, **outcome
         main_metric=metric_key(experiment.data.metrics[0]),
         versions=environment.versions(),
         commit=experiment.commit,
-        hardware=environment.hardware(),
+        hardware=environment.hardware(processes.count()),
         started_at=started,
         finished_at=now(),
         **outcome,

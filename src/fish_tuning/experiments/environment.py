@@ -59,13 +59,15 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def hardware() -> dict[str, Any]:
-    """Processor, memory, accelerator, system, and the processes that trained together."""
+def hardware(processes: int = 1) -> dict[str, Any]:
+    """Processor, memory, accelerator, system, and the processes that trained together.
+
+    Args:
+        processes: Number of the processes.
+    """
     # Imported here: `fish-tuning env` reads the versions even where torch is broken.
     import psutil
     import torch
-
-    from fish_tuning.experiments.runs import processes
 
     found: dict[str, Any] = {
         "system": platform.platform(),
@@ -73,7 +75,7 @@ def hardware() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "processes": processes.count(),
+        "processes": processes,
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
