@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fish_tuning import get_mask
 from fish_tuning.cli import main
 from fish_tuning.experiments.config.load import load_config
+from fish_tuning.experiments.models.counts import count_parameters
 from tests.experiments.tiny_language_model import language_model
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,16 @@ def test_the_printed_count():
     )
     assert f"{line}\n" in blocks("text")
     assert f"of {model.get_nb_trainable_parameters()[0]:,} LoRA parameters" in README
+
+
+def test_the_quickstarts_counts():
+    """Guards the printed table: as many parameters in every arm as the config's plan counts."""
+    config = load_config(ROOT / "configs/experiments/quickstart.yaml")
+    counts = {name: count.trainable for (name, _), count in count_parameters(config, 6).items()}
+    (table,) = (block for block in blocks("text") if "Method" in block)
+    for name, count in counts.items():
+        assert re.search(rf"^ {re.escape(name)} .* {count:,} ", table, re.MULTILINE)
+    assert set(counts.values()) == {6_918}
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))

@@ -77,6 +77,14 @@ def test_without_a_baseline_the_best_arm_is_the_measure():
     assert found[1].startswith("Behind LoRA-FISH: peer by 0.1500")
 
 
+def test_a_control_that_is_the_best_arm():
+    """Guards the other arms, which are compared with it too, and not only FISH."""
+    found = sentences(rand=[0.6, 0.7, 0.6], fish=[0.6, 0.7, 0.5], other=[0.2, 0.3, 0.2])
+    assert found[1].startswith("Behind LoRA-FISH-rand: other by 0.4000")
+    assert found[2].startswith("These seeds cannot tell from LoRA-FISH-rand: LoRA-FISH (-0.0333")
+    assert not any("Ahead" in sentence for sentence in found)
+
+
 @pytest.mark.parametrize("runs", [[], [make_run("LoRA-FISH", 1, main_metric=None, metrics={})]])
 def test_nothing_to_say(runs):
     """Guards sweeps without a result."""

@@ -71,7 +71,9 @@ def verdict(comparison: Comparison) -> list[Finding]:
     findings = [_headline(metric, sign, best, known)]
     against = ORIGINAL_LORA if any(arm.is_baseline for arm in known) else best.label
     contests = {against: _against(best, known, metric, sign)}
-    contests |= _controls([arm.runs for arm in known], metric, sign)
+    # If a control is the best arm, FISH has been compared with it already, as all arms have.
+    for control, of_control in _controls([arm.runs for arm in known], metric, sign).items():
+        contests.setdefault(control, of_control)
     counts = {len(c.difference.seeds) for of_other in contests.values() for c in of_other}
     if counts == {1}:
         return [*findings, _ONE_SEED]
