@@ -29,7 +29,7 @@ def test_examples_run(name, tmp_path, monkeypatch, capsys):
     names = {name: getattr(fish_tuning, name) for name in fish_tuning.__all__} | {
         "LoraConfig": peft.LoraConfig,
         "Trainer": Trainer,
-        "arguments": TrainingArguments("output", max_steps=1, use_cpu=True, disable_tqdm=True),
+        "arguments": TrainingArguments("output", max_steps=1, use_cpu=True, report_to="none"),
         "base": tiny_bert(num_labels=2),
         "data": data,
         "get_peft_model": peft.get_peft_model,
