@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
-from fish_tuning.experiments.models.load import keep_differentiable
+from fish_tuning.scoring.quantized import keep_differentiable
 from tests.models import (
     assert_scores_close,
     batches_of,

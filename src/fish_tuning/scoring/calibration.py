@@ -17,6 +17,7 @@ from fish_tuning.scoring.inputs.reading import check_loader
 from fish_tuning.scoring.inputs.unpacking import Unpacker
 from fish_tuning.scoring.objective import Objective
 from fish_tuning.scoring.processes import Processes
+from fish_tuning.scoring.quantized import keep_differentiable
 from fish_tuning.scoring.scorers import BatchScorer
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def mean_over_examples(
     count = 0
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
     unpack = Unpacker(objective.forward)
+    keep_differentiable(model)
     with evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
         for own, batch in batches:
             batch = objective.read(batch)

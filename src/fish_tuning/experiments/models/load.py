@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from fish_tuning.experiments.models.find import (
     packaged_path,
 )
 from fish_tuning.experiments.models.gguf import converted_gguf
+from fish_tuning.scoring.quantized import keep_differentiable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -290,19 +290,3 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
         "quantization_config": settings(llm_int8_skip_modules=_HEADS, **bits),
         "device_map": "auto",
     }
-
-
-def keep_differentiable(model: nn.Module) -> None:
-    """Make sure that gradients pass through a model's 4-bit layers on a processor.
-
-    On a processor with AVX512-BF16, bitsandbytes (0.50) permanently repacks a 4-bit layer when it
-    is first evaluated, for a kernel that has no backward pass. Training after an evaluation would
-    then fail or, if the layers have no bias, get no gradients through them.
-
-    Args:
-        model: Any model; nothing happens without 4-bit layers.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
