@@ -174,6 +174,25 @@ def test_local_data_gives_labels_examples_and_steps(tmp_path, monkeypatch):
     assert found.num_runs == 14
 
 
+def test_memory_of_every_arm(tmp_path, monkeypatch):
+    """Guards a table that fits a terminal, and parts that add up to the total."""
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, "dataset: {load_args: [imdb], num_labels: 2}")
+    result = CliRunner().invoke(
+        main, ["plan", str(path), "--memory", "--devices", "2", "--engine", "zero2"]
+    )
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    head, _, table = result.stdout.partition("GiB on each of 2 devices with zero2")
+    assert head and table
+    numbers = [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()]
+    rows = [[float(number) for number in row] for row in numbers if row]
+    # Only an arm that computes Fisher information of its own scores.
+    assert [len(row) for row in rows] == [5, 6, 5, 6]
+    for weights, trained, optimizer, step, training, *_ in rows:
+        assert training == pytest.approx(weights + trained + optimizer + step, abs=0.021)
+
+
 def test_counts_of_other_arms(tmp_path, monkeypatch):
     """Guards dense LoRA, LoRA-FA and peers, which have no budget."""
     monkeypatch.chdir(tmp_path)

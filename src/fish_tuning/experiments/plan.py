@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as TerminalTable
 
-from fish_tuning.experiments.arms import searched
+from fish_tuning.experiments.arms import ArmKey, searched
+from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.models.counts import count_parameters
+from fish_tuning.experiments.models.memory import ArmMemory, estimate_memory
 from fish_tuning.experiments.runs.preflight import CheckedExperiment
-from fish_tuning.experiments.tables import Table
+from fish_tuning.experiments.tables import MISSING, Table
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class ExperimentPlan:
         steps: Optimizer steps per run on one device; None if they depend on an unknown number of
             examples.
         output_dir: Folder of the results.
+        devices: The devices whose memory is estimated; None if it is not.
+        memory: The memory of every arm at every budget; None if it cannot be estimated.
     """
 
     model: str
@@ -62,6 +66,8 @@ class ExperimentPlan:
     examples_note: str
     steps: int | None
     output_dir: str
+    devices: Devices | None = None
+    memory: Mapping[ArmKey, ArmMemory | None] = field(default_factory=dict)
 
     @property
     def num_runs(self) -> int:
@@ -71,6 +77,9 @@ class ExperimentPlan:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render a list of facts and a table of the arms."""
         yield self._rendered()
+        if self.devices is not None:
+            yield f"GiB on each of {self.devices}, at the highest point"
+            yield self._memory_table().terminal()
 
     def _rendered(self) -> RenderableType:
         facts = TerminalTable.grid(padding=(0, 2))
@@ -86,6 +95,27 @@ class ExperimentPlan:
             "of LoRA": lambda arm: "" if baseline is None else f"{arm.trainable / baseline:.4g}",
         }
         return Group(facts, Table.of(self.arms, columns).terminal())
+
+    def _memory_table(self) -> Table:
+        def gib(part: Callable[[ArmMemory], int | None]) -> Callable[[PlannedArm], str]:
+            def show(arm: PlannedArm) -> str:
+                if (memory := self.memory[arm.name, arm.ratio]) is None:
+                    return MISSING
+                count = part(memory)
+                return "" if count is None else f"{count / 2**30:.2f}"
+
+            return show
+
+        columns: dict[str, Callable[[PlannedArm], str]] = {
+            "arm": lambda arm: arm.name if arm.ratio is None else f"{arm.name} {arm.ratio:g}",
+            "weights": gib(lambda memory: memory.training.weights),
+            "trained": gib(lambda memory: memory.training.trained),
+            "AdamW": gib(lambda memory: memory.training.optimizer),
+            "step": gib(lambda memory: memory.training.step),
+            "training": gib(lambda memory: memory.training.total),
+            "scoring": gib(lambda memory: memory.scoring.total if memory.scoring else None),
+        }
+        return Table.of(self.arms, columns)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         outputs = f"{self.num_labels} outputs" if self.num_labels else "a language model"
@@ -105,11 +135,12 @@ class ExperimentPlan:
         yield "results", self.output_dir
 
 
-def plan_experiment(checked: CheckedExperiment) -> ExperimentPlan:
+def plan_experiment(checked: CheckedExperiment, devices: Devices | None = None) -> ExperimentPlan:
     """Work out what an experiment would do, from the model's config.json alone.
 
     Args:
         checked: The experiment, from `check_experiment(config, to_train=False)`.
+        devices: The devices whose memory to estimate; by default it is not.
 
     Raises:
         ConfigError: The model's config cannot be loaded, the modules to adapt are not in the
@@ -132,6 +163,8 @@ def plan_experiment(checked: CheckedExperiment) -> ExperimentPlan:
         examples_note=checked.data_problem or f"the data of {source} is not read for a plan",
         steps=optimizer_steps(config.training_args, examples),
         output_dir=config.training.output_dir,
+        devices=devices,
+        memory=estimate_memory(config, counts, num_labels, devices) if devices else {},
     )
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEADS = ["classifier", "score", "classification_head", "lm_head"]
 
 
@@ -175,7 +175,7 @@ def load_model(
     """
     own = model_config(config, num_labels or None, label_names, task)
     own.pad_token_id = tokenizer.pad_token_id
-    options: dict[str, Any] = {"dtype": _DTYPES[config.precision]}
+    options: dict[str, Any] = {"dtype": DTYPES[config.precision]}
     options |= quantization_options(config)
     source = _source(config, weights=True)
     family: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
@@ -282,7 +282,7 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
         bits = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": _DTYPES[config.precision],
+            "bnb_4bit_compute_dtype": DTYPES[config.precision],
         }
     settings: Any = BitsAndBytesConfig
     # A classification head is trained, and the head of a language model is tied or sensitive.
