@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fish_tuning.experiments.arms import planned
+from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.runs.record import CHECKPOINTS_FOLDER
 from fish_tuning.experiments.runs.sweep import run_experiment
 from fish_tuning.experiments.runs.tracking.trackers import tracked
@@ -86,6 +87,32 @@ def test_wandb_goes_on_after_an_interruption(tmp_path, monkeypatch):
     first, second = wandb.opened
     assert first["id"] is None and second["id"] == "abc" and second["resume"] == "allow"
     assert first["project"] == "other"
+
+
+def test_a_tracker_that_cannot_be_opened_ends_the_sweep(files, tmp_path, monkeypatch):
+    """Guards against a sweep whose runs all fail, one after the other, for the same reason."""
+
+    def refuse(**arguments):
+        raise RuntimeError("no API key configured\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, __spec__=object()))
+    config = experiment(
+        *files, tmp_path, training={"args_override": {"report_to": "wandb"}}, **FEW_ARMS
+    )
+    with pytest.raises(ConfigError, match=r"report_to: wandb cannot be opened \(.*no API key"):
+        run_experiment(config, name="mine")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_summary_that_fails_costs_no_run(tmp_path, monkeypatch, caplog):
+    """Guards hours of training against a tracker that is gone at their end."""
+    wandb = FakeWandb()
+    wandb.summary = SimpleNamespace(update=lambda numbers: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with tracked(*tracking(tmp_path, "wandb")) as summarize:
+        summarize(make_run("LoRA-FISH", 1, 1.0, run_id="mine"))
+    assert "no summary of mine was tracked: division by zero" in caplog.text
+    assert wandb.ended == [0]
 
 
 class FakeTrackio(SimpleNamespace):

@@ -15,7 +15,7 @@ from fish_tuning.experiments.runs import processes, training
 from fish_tuning.experiments.runs.measurements import Report
 from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from fish_tuning.experiments.runs.record import failed_run, now, run_folder, write_record
-from fish_tuning.experiments.runs.tracking.trackers import tracked
+from fish_tuning.experiments.runs.tracking.trackers import TrackerError, tracked
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def carry_out(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Re
 
     Raises:
         OSError: The record cannot be written.
+        TrackerError: A tracker cannot be opened, which would fail every run.
     """
     started = now()
     error = None
@@ -59,7 +60,9 @@ def carry_out(arm: Arm, experiment: PreparedExperiment, folder: Path, report: Re
     except Exception as caught:
         error = caught
         logger.debug("%s failed", arm.title, exc_info=True)
-    if (error := processes.agree_on(error)) is not None:
+    if isinstance(error := processes.agree_on(error), TrackerError):
+        raise error
+    if error is not None:
         logger.error("%s failed: %s: %s", arm.title, type(error).__name__, error)
         run = failed_run(arm, experiment, error, started)
     if processes.is_main():

@@ -8,6 +8,7 @@ a summary.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 from fish_tuning.atomic import write_atomically
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.config.surroundings import trackers_of
+from fish_tuning.experiments.errors import ConfigError, first_line
 from fish_tuning.experiments.results import Run
 from fish_tuning.experiments.runs import processes
 from fish_tuning.experiments.runs.arguments import PROJECT
@@ -25,8 +27,15 @@ from fish_tuning.experiments.runs.prepare import PreparedExperiment
 from fish_tuning.experiments.runs.record import CHECKPOINTS_FOLDER
 from fish_tuning.experiments.runs.tracking.summary import summary_of
 
+logger = logging.getLogger(__name__)
+
 TENSORBOARD_FOLDER = "tensorboard"
 _WANDB_ID = "wandb_run_id.txt"
+
+
+class TrackerError(ConfigError):
+    """A tracker cannot be opened, so no run of the sweep can be tracked."""
+
 
 Summarize = Callable[[dict[str, float]], None]
 """Adds numbers by name to a tracked run."""
@@ -46,18 +55,33 @@ def tracked(
 
     Yields:
         A function that adds a summary of the run's record.
+
+    Raises:
+        TrackerError: A tracker cannot be opened; without an account, for example.
     """
     trackers = trackers_of(experiment.config) if processes.is_main() else []
     with ExitStack() as stack:
-        summaries = [
-            stack.enter_context(_TRACKERS[name](arm, experiment, folder))
-            for name in trackers
-            if name in _TRACKERS
-        ]
+        summaries = []
+        for name in trackers:
+            try:
+                if name in _TRACKERS:
+                    opened = _TRACKERS[name](arm, experiment, folder)
+                    summaries.append(stack.enter_context(opened))
+            # Trackers have errors of their own, without a common base class.
+            except Exception as error:
+                where = experiment.config.argument_path("report_to")
+                raise TrackerError(
+                    f"{where}: {name} cannot be opened ({first_line(error)}); set it up, or set "
+                    "report_to: none"
+                ) from error
 
         def summarize(run: Run) -> None:
             for add in summaries:
-                add(summary_of(run))
+                try:
+                    add(summary_of(run))
+                # A run that has been trained is not lost for want of its summary elsewhere.
+                except Exception as error:
+                    logger.warning("no summary of %s was tracked: %s", run.run_id, error)
 
         yield summarize
 
