@@ -25,7 +25,7 @@ endef
 $(STAMP): pyproject.toml constraints.txt
 	$(call install,dev)
 
-# The quickstarts need a small part of what the tests need. What the tests need is enough for them.
+# The quickstarts and the docs site need a small part of what the tests need. What the tests need is enough for them.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(call install,$*)
 with = $(or $(wildcard $(STAMP)),$(VENV)/.installed-$(1))
@@ -122,7 +122,7 @@ bench: $(STAMP) ## speed and memory on the processor, some 10 minutes on an idle
 bench-gpu: $(STAMP) ## the same on an accelerator
 	$(BENCH) --device cuda
 
-docs: $(STAMP) ## build the docs site into site/
+docs: $(call with,docs) ## build the docs site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP) ## ruff, mypy, and the direction of imports
