@@ -121,7 +121,7 @@ def _launch(words: list[str], num_processes: int) -> None:
 
 def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     from fish_tuning.experiments.report.comparison import compare
-    from fish_tuning.experiments.report.summary_table import comparison_table
+    from fish_tuning.experiments.report.summary_table import comparison_table, forgetting_table
     from fish_tuning.experiments.report.verdict import verdict
     from fish_tuning.experiments.report.write import write_report
     from fish_tuning.experiments.runs import processes
@@ -134,7 +134,9 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
         return
     paths = write_report(results, Path(checked.config.training.output_dir))
     comparison = compare(results)
-    stdout().print(comparison_table(comparison).terminal())
+    for table in (comparison_table(comparison), forgetting_table(comparison)):
+        if table.headers:
+            stdout().print(table.terminal())
     for finding in verdict(comparison):
         stdout().print(str(finding), markup=False)
     for path in paths:

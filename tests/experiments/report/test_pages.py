@@ -162,7 +162,7 @@ def test_overview_shows_the_metric_beside_other_columns(tmp_path):
     sweep = Results(name="searched", config={}, runs=runs)
     page = html_report([sweep, sweep])
     overview = page[: page.index('id="sweep-1"')]
-    assert ">0.6250 ± 0.0000</td>" in overview and "0.0075" not in overview
+    assert ">0.6250 ±\u00a00.0000</td>" in overview and "0.0075" not in overview
 
 
 def test_arms_over_several_sweeps():

@@ -28,6 +28,7 @@ from fish_tuning.experiments.report.figures.style import color_by_arm
 from fish_tuning.experiments.report.notes import notes_on
 from fish_tuning.experiments.report.summary_table import (
     comparison_table,
+    forgetting_table,
     overview_table,
     pooled_table,
     run_table,
@@ -142,6 +143,7 @@ def _section(sweep: Results, comparison: Comparison) -> dict[str, Any]:
         "arms": color_by_arm(group.arm for group in comparison.groups),
         "explanations": explain_arms(comparison.groups, config),
         "table": comparison_table(comparison),
+        "forgetting": forgetting_table(comparison),
         "table_arms": [group.arm for group in comparison.groups],
         "search": search_table(summarize_search(sweep)),
         "example": _example(comparison),

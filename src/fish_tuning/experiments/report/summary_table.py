@@ -37,14 +37,28 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _further_columns(arms: Sequence[ArmSummary]) -> dict[str, Callable[[ArmSummary], str]]:
-    """Columns that only language models have: more metrics, and what was forgotten."""
-    columns = {
-        _further_title(name): _further(name)
-        for name in dict.fromkeys(name for arm in arms for name in arm.further)
-    }
-    for name in dict.fromkeys(name for arm in arms for name in arm.forgetting):
-        columns[f"{name}: Forgetting"] = _forgetting(name)
-    return columns
+    """The further metrics of language models."""
+    names = dict.fromkeys(name for arm in arms for name in arm.further)
+    return {_further_title(name): _further(name) for name in names if not _of_set(name, arms)}
+
+
+def _of_set(name: str, arms: Sequence[ArmSummary]) -> bool:
+    """Whether a metric is of a further evaluation set."""
+    sets = {of_set for arm in arms for of_set in arm.forgetting}
+    return any(name in (f"{of_set}_loss", f"{of_set}_perplexity") for of_set in sets)
+
+
+def forgetting_table(comparison: Comparison) -> Table:
+    """The metrics on further evaluation sets, before and after training: one row per arm."""
+    arms = comparison.arms
+    columns: dict[str, Callable[[ArmSummary], str]] = {}
+    for of_set in dict.fromkeys(name for arm in arms for name in arm.forgetting):
+        columns[f"{of_set}: Forgetting"] = _forgetting(of_set)
+        for name in (f"{of_set}_loss", f"{of_set}_perplexity"):
+            columns[_further_title(name)] = _further(name)
+    if not columns:
+        return Table((), ())
+    return Table.of(arms, {"Method": lambda arm: arm.label, **columns})
 
 
 def _forgetting(name: str) -> Callable[[ArmSummary], str]:
@@ -100,17 +114,15 @@ def pooled_table(pooled: Sequence[PooledArm]) -> Table:
 
 
 def overview_table(comparisons: Sequence[Comparison]) -> Table:
-    """The main metric of several sweeps: one row per sweep, one column per arm and budget."""
-
-    def column(label: str) -> Callable[[Comparison], str]:
-        return lambda comparison: format_spread(comparison.metric_of(label), "{:.4f}")
-
+    """The main metric of several sweeps: one row per arm and budget, one column per sweep."""
     labels = dict.fromkeys(arm.label for comparison in comparisons for arm in comparison.arms)
-    columns: dict[str, Callable[[Comparison], str]] = {
-        "Experiment": lambda comparison: comparison.name,
-        "Metric": lambda comparison: metric_title(comparison.metric),
-    }
-    return Table.of(comparisons, columns | {label: column(label) for label in labels})
+    return Table(
+        ("Method", *(f"{c.name}: {metric_title(c.metric)}" for c in comparisons)),
+        tuple(
+            (label, *(format_spread(c.metric_of(label), "{:.4f}") for c in comparisons))
+            for label in labels
+        ),
+    )
 
 
 def run_table(runs: Sequence[Run], metric: str | None) -> Table:
