@@ -32,6 +32,8 @@ from fish_tuning.experiments.tables import Table
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text", "mrpc", "cola")
 """Tasks over which the differences are averaged."""
+RANKS = ("ranks_sst2",)
+"""Ranks by Fisher information; the unit of their budgets is LoRA of rank 2."""
 DECODER = ("decoder",)
 """The second architecture, on the task of `text`."""
 SMALL = 0.1
@@ -51,6 +53,8 @@ COMPARISONS = (
     ("LoRA-FISH (small)", "equal shares (small)"),
     ("LoRA-FISH (small)", "highest scores (small)"),
     ("LoRA-FISH (small)", "as published (small)"),
+    ("LoRA-FISH-ranks (100%)", "Original LoRA"),
+    ("LoRA-FISH-ranks (100%)", "LoRA-FISH (100%)"),
 )
 PEERS = {
     "Original LoRA": "LoRA-FISH (100%)",
@@ -93,10 +97,11 @@ def filled(text: str) -> str:
     tables = {
         "pooled": differences_table(TASKS),
         "carried_over": differences_table(DECODER),
+        "ranks": differences_table(RANKS),
         "peers": peers_table(),
         "candidates": candidates_table(CANDIDATES, BALANCED),
         "more": candidates_table(MORE, {}),
-        **{name: task_table(name) for name in (*TASKS, *DECODER)},
+        **{name: task_table(name) for name in (*TASKS, *DECODER, *RANKS)},
     }
 
     def replace(match: re.Match[str]) -> str:
