@@ -121,11 +121,11 @@ def test_no_figure_without_data():
 
 
 def test_names_are_text():
-    """Guards against markup and templates in names, which plotly would carry out."""
-    name = "<a href='http://x'>%{x}</a>"
+    """Guards against markup, templates and formulas in names, which plotly would carry out."""
+    name = "<a href='http://x'>%{x}$y$</a>"
     groups = group_runs([make_run(name, seed) for seed in (1, 2)])
     for figure in (metric_by_arm(groups, "accuracy", COLORS), training_loss(groups, COLORS)):
         shown = json.dumps([trace.to_plotly_json() for trace in figure.data], default=list)
         shown = shown.replace(json.dumps(name), "")  # an arm's own name, in `meta`
-        assert "<a" not in shown and "%{x}</a>" not in shown
+        assert "<a" not in shown and "%{x}" not in shown and "$" not in shown
         assert "%&#123;x}" in shown

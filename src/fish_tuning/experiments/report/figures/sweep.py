@@ -36,8 +36,8 @@ def figure_of(*, height: int, **layout: Any) -> go.Figure:
 
 
 def label(text: str) -> str:
-    """Make text show as it is: plotly takes tags for markup and braces for templates."""
-    return escape(text).replace("{", "&#123;")
+    """Make text show as it is, where plotly would see markup, templates or formulas."""
+    return escape(text).replace("{", "&#123;").replace("$", "&#36;")
 
 
 def metric_by_arm(
