@@ -26,7 +26,7 @@ def tensor(model):
 
 
 def values(model):
-    return model.get_parameter(f"{NAME}_values")
+    return dict(model.named_parameters())[NAME]
 
 
 def copy_into(weight, new):
@@ -136,10 +136,11 @@ def test_nan_equals_itself():
 def test_a_parameter_assigned_in_place_of_a_tensor():
     """Guards against a dense parameter that is trained beside the values."""
     model, _bits = masked()
+    held = values(model)
     new = nn.Parameter(torch.ones(8, 4))
     model.base_model.model.first.lora_B["default"].weight = new
     model(inputs()).sum().backward()
-    assert NAME not in dict(model.named_parameters())
+    assert values(model) is held
     assert (values(model) == 1).all()
     assert torch.equal(tensor(model), torch.ones(8, 4))
     assert values(model).grad.count_nonzero()
@@ -257,9 +258,20 @@ def test_tensors_tied_after_they_were_masked_are_noticed():
     assert torch.equal(last.weight, first.weight)
 
 
-def test_whole_tensors_in_place_of_values_are_refused():
+def test_whole_tensors_in_place_of_values():
+    """Guards against scripts that write the tensors of a state dict into parameters, by name."""
+    model, bits = masked()
+    held = values(model)
+    held.data = torch.ones(tensor(model).shape)
+    model(inputs())
+    assert values(model) is held
+    assert held.shape == (int(bits.sum()), 1)
+    assert (tensor(model) == 1).all() and (held == 1).all()
+
+
+def test_other_tensors_in_place_of_values_are_refused():
     """Guards against a message about engines where somebody has written the wrong parameter."""
     model, _ = masked()
-    values(model).data = torch.ones(tensor(model).shape)
-    with pytest.raises(RuntimeError, match="write a whole tensor under the tensor's own name"):
+    values(model).data = torch.ones(3, *tensor(model).shape)
+    with pytest.raises(RuntimeError, match="write a whole tensor as load_state_dict does"):
         model(inputs())

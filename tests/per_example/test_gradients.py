@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from fish_tuning import calculate_fisher_information
+from fish_tuning import apply_mask, calculate_fisher_information
 from fish_tuning.per_example import accumulate
 from fish_tuning.per_example.gradients import PerExampleGradients
 from fish_tuning.per_example.sources import OnePassError
@@ -26,12 +26,13 @@ def squared_error(outputs, batch):
 
 def naive(model, inputs, targets, power=2):
     """Each example alone through the model and its own .backward()."""
-    sums = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x, y in zip(inputs, targets, strict=True):
         model.zero_grad()
         squared_error(model(x[None]), (x, y[None])).sum().backward()
         for name in sums:
-            gradient = model.get_parameter(name).grad
+            gradient = parameters[name].grad
             if gradient is not None:
                 sums[name] += gradient.abs() ** power
     model.zero_grad(set_to_none=True)
@@ -577,6 +578,15 @@ def test_frozen_parameters_are_neither_scored_nor_a_hindrance(floats, caplog):
     model[2].weight.requires_grad_(False)
     assert_naive(model, *floats)
     assert not caplog.records
+
+
+def test_values_of_a_mask(floats, caplog):
+    """Guards against the gradient of a whole tensor where some entries of it are trained."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)).double()
+    half = {name: torch.arange(p.numel()).view(p.shape) % 2 for name, p in model.named_parameters()}
+    apply_mask(model, half)
+    assert_naive(model, *floats)
+    assert "0.weight is trained in part" in one_at_a_time(caplog)[0]
 
 
 class InputNeedsGrad(nn.Module):

@@ -20,7 +20,6 @@ from tests.sparse.twins import (
     TIED,
     TWO,
     TWO_IA3,
-    VALUES,
     Twins,
     assert_both_close,
     assert_close,
@@ -245,7 +244,7 @@ def freeze_by_name(twins, r):
     names = {both for name in twins.names() if part in name for both in twins.tied_to(name)}
     for model in twins.models():
         for name, p in model.named_parameters():
-            if name.removesuffix(VALUES) in names:
+            if name in names:
                 p.requires_grad_(flag)
 
 

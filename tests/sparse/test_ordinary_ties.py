@@ -31,15 +31,12 @@ SIDES = [("embedding_A", "lora_B"), ("embedding_B", "lora_A")]
 
 def pairs(model):
     """The tied tensors of a model, the head's turned as the embedding's are."""
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
     return [
         (
-            next(t for n, t in state.items() if f"lora_{ours}" in n and not n.endswith("values")),
-            next(
-                t for n, t in state.items() if f"lm_head.{theirs}" in n and not n.endswith("values")
-            ),
+            tensor_of(model, next(n for n in names if f"lora_{ours}" in n)),
+            tensor_of(model, next(n for n in names if f"lm_head.{theirs}" in n)),
         )
         for ours, theirs in SIDES
     ]

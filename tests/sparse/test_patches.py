@@ -303,8 +303,8 @@ def gradients(model, mask):
     """The gradients of the selected entries, of a masked model or a dense one."""
     parameters = dict(model.named_parameters())
     return {
-        name: parameters[f"{name}_values"].grad.flatten()
-        if f"{name}_values" in parameters
+        name: parameters[name].grad.flatten()
+        if parameters[name].shape != bits.shape
         else parameters[name].grad[bits].float()
         for name, bits in mask.items()
     }

@@ -25,9 +25,6 @@ from torch import Tensor, nn
 from fish_tuning import apply_mask
 from tests.models import tiny_llama
 
-VALUES = "_values"
-"""The end of the names of trained values, behind the name of the tensor that they belong to."""
-
 
 class Net(nn.Module):
     """An embedding, two layers and a head over rows of six tokens."""
@@ -174,7 +171,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 def values_of(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter that holds the selected entries of a tensor."""
     owner, attribute = owner_of(model, name)
-    return getattr(owner, attribute + VALUES)
+    return owner._parameters[attribute]
 
 
 def inputs(seed: int = 0) -> Tensor:
@@ -243,7 +240,7 @@ class Twins:
     def trainable(self, model: nn.Module) -> set[str]:
         """The plain names of what is trained, without tensors that have no selected entry."""
         pairs = _tied_to_embedding(self.dense) or {}
-        names = {n.removesuffix(VALUES) for n, p in model.named_parameters() if p.requires_grad}
+        names = {n for n, p in model.named_parameters() if p.requires_grad}
         names -= set(pairs.values())
         return {name for name in names if self.bits.get(name, torch.ones(1)).any()}
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from fish_tuning.masked_tensors.tensors import values_name
-
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """The name of each parameter, by its id."""
@@ -31,7 +29,7 @@ def follow_mask(optimizer: Any, names: Mapping[int, str], model: nn.Module) -> N
         name = names.get(id(parameter))
         if name is None:  # Of a loss that has weights of its own.
             return parameter
-        return parameters.get(name, parameters.get(values_name(name)))
+        return parameters.get(name)
 
     for group in optimizer.param_groups:
         names_of_group = group.get("param_names", repeat(None))

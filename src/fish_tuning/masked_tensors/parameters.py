@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from fish_tuning.masked_tensors.tensors import (
     View,
     contiguous_stride,
     fills_its_memory,
-    values_name,
 )
 
 Orders = dict[nn.Module, list[str]]
@@ -77,7 +77,7 @@ def _memory(parameter: Tensor) -> Any:
 
 
 def split_parameter(tensor: MaskedTensor, bits: Tensor, orders: Orders) -> Part:
-    """Replace a parameter by its values and a buffer; return what its group is built from."""
+    """Replace a parameter by its values; return what its group is built from."""
     view = tensor.views[0]
     held = view.leaf
     # In place where possible: a group of a single tensor then needs no copy of it.
@@ -88,16 +88,9 @@ def split_parameter(tensor: MaskedTensor, bits: Tensor, orders: Orders) -> Part:
     )
     positions = bits.nonzero().squeeze(1)
     agreed = flat[positions]
-    values = nn.Parameter(agreed.clone().view(tensor.values_shape), tensor.was_trainable)
     for place in tensor.places:
-        module, attribute = place.module, place.attribute
-        orders.setdefault(module, list(module._parameters))
-        replaced = {
-            values_name(attribute) if name == attribute else name: parameter
-            for name, parameter in module._parameters.items()
-        }
-        module._parameters.clear()
-        module._parameters.update({**replaced, values_name(attribute): values})
+        orders.setdefault(place.module, list(place.module._parameters))
+    tensor.values = nn.Parameter(agreed.clone().view(tensor.values_shape), tensor.was_trainable)
     return Part(tensor, flat, positions, agreed)
 
 
@@ -113,9 +106,9 @@ def freeze_parameter(tensor: MaskedTensor, orders: Orders) -> None:
 def hold_unselected(view: View, tensor: Tensor) -> None:
     """Have every place of an unselected tensor hold this one, as a buffer."""
     view.leaf = tensor.detach()
-    view.install(view.leaf)
     for place in view.places:
         place.module._parameters.pop(place.attribute, None)
+        place.module._buffers[place.attribute] = view.leaf
         vars(place.module)[UNSELECTED] = view.leaf
 
 
@@ -135,23 +128,49 @@ def restore_parameter(
         parameter = nn.Parameter(view.of(memory), requires_grad)
         for place in view.places:
             module, attribute = place.module, place.attribute
-            module._parameters.pop(values_name(attribute), None)
+            held = tensor.held(view, place)
+            untied = held is module._parameters.get(attribute) and tensor.is_tied
+            for attributes in (vars(module), module._buffers):
+                attributes.pop(attribute, None)
             vars(module).pop(UNSELECTED, None)
-            held = module._buffers.pop(attribute, None)
-            untied = held is None and tensor.is_tied
-            held = module._parameters.pop(attribute, None) if held is None else held
             if held is None:
                 continue
             fits = held.shape == view.shape and not untied
             module._parameters[attribute] = (
                 parameter if fits else nn.Parameter(held.detach(), requires_grad)
             )
-            _sort(module._parameters, orders.get(module, []))
+            sort(module._parameters, orders.get(module, []))
 
 
-def _sort(parameters: dict[str, Any], order: Iterable[str]) -> None:
-    """Put parameters in an order; masked ones stand where their values do."""
+@contextmanager
+def as_buffers(places: Iterable[Place], with_values: bool) -> Iterator[None]:
+    """Have modules hold masked tensors as buffers for a while: PyTorch moves and loads those.
+
+    Args:
+        places: Where the tensors are.
+        with_values: Whether the values stay parameters, under the same names.
+    """
+    held = [(place.module, place.attribute) for place in places]
+    orders = {module: list(module._parameters) for module, _ in held}
+    values = {each: each[0]._parameters[each[1]] for each in held}
+    for module, attribute in held:
+        module._buffers[attribute] = vars(module)[attribute]
+        if not with_values:
+            del vars(module)[attribute], module._parameters[attribute]
+    try:
+        yield
+    finally:
+        for module, attribute in held:
+            buffer = module._buffers.pop(attribute, None)
+            if buffer is not None:  # Otherwise somebody has assigned a parameter.
+                vars(module)[attribute] = buffer
+                module._parameters.setdefault(attribute, values[module, attribute])
+            sort(module._parameters, orders[module])
+
+
+def sort(parameters: dict[str, Any], order: Iterable[str]) -> None:
+    """Put a module's parameters in an order, and others after them."""
     before = dict(parameters)
-    names = [n for name in order for n in (name, values_name(name)) if n in before]
+    names = [name for name in order if name in before]
     parameters.clear()
     parameters.update({name: before.pop(name) for name in names} | before)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fish_tuning.masked_tensors.sharded import assign, gathered
 from fish_tuning.masked_tensors.storage import Group, Part, grouped
-from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View, values_name
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,8 +76,9 @@ def _conflict_error(tensors: list[MaskedTensor], conflict: Tensor | None) -> Run
         parts = conflict.split([tensor.num_selected for tensor in tensors])
         names = [tensor.name for tensor, part in zip(tensors, parts, strict=True) if part.any()]
     return RuntimeError(
-        f"{names[0]} and its trained values, {values_name(names[0])}, were both written since they "
-        "last agreed, with different numbers: undo one of the two, or call the model in between"
+        f"{names[0]} and its trained values, the parameter of that name, were both written since "
+        "they last agreed, with different numbers: undo one of the two, or call the model in "
+        "between"
     )
 
 
@@ -109,16 +110,12 @@ def take_in_replaced(
     for tensor in tensors:
         group, values = tensor.group, _tied_values(tensor)
         assert group is not None
-        storage = group.storage
-        if values.is_meta and not storage.is_meta:
-            raise RuntimeError(
-                f"{values_name(tensor.name)} is on the meta device and its tensor is not: trained "
-                "values cannot be offloaded (cpu_offload, disk_offload or dispatch_model of "
-                "accelerate). Call remove_mask(model) before you offload the model"
-            )
-        if (found := _outside(tensor, storage)) is not None:
+        storage, found = group.storage, _outside(tensor, group.storage)
+        _check_in_memory(tensor, values if found is None else found[1])
+        if found is not None:
             check_tied(tensor)
             replaced[tensor] = found
+            _undo_whole(values, tensor)
             if found[1].dtype != storage.dtype or found[1].device != storage.device:
                 changed[group] = None
         if values.dtype != storage.dtype or values.device != storage.device:
@@ -131,8 +128,25 @@ def take_in_replaced(
         tensor.group.storage.data[tensor.entries] = view.flatten(held)
         for each in tensor.views:
             each.leaf.data = tensor.group.view(tensor, each).detach()
-            _hold_leaf(each)
+            _hold_leaf(tensor, each)
     return {group: grouped(_moved_parts(group, replaced)) for group in changed}
+
+
+def _check_in_memory(tensor: MaskedTensor, held: Tensor) -> None:
+    assert tensor.group is not None
+    if held.is_meta and not tensor.group.storage.is_meta:
+        raise RuntimeError(
+            f"{tensor.name} was moved to the meta device: trained values cannot be offloaded "
+            "(cpu_offload, disk_offload or dispatch_model of accelerate). Call remove_mask(model) "
+            "before you offload the model"
+        )
+
+
+def _undo_whole(values: nn.Parameter, tensor: MaskedTensor) -> None:
+    """Give values their size again where a whole tensor was put into their `.data`."""
+    if values.numel() == tensor.numel and tensor.group is not None:
+        agreed = tensor.group.agreed[tensor.selected]
+        values.data = agreed.view(tensor.values_shape).clone()
 
 
 def _outside(tensor: MaskedTensor, storage: Tensor) -> tuple[View, Tensor] | None:
@@ -140,28 +154,21 @@ def _outside(tensor: MaskedTensor, storage: Tensor) -> tuple[View, Tensor] | Non
     address = storage.data_ptr() + tensor.entries.start * storage.itemsize
     for view in tensor.views:
         for place in view.places:
-            held = place.module._buffers.get(place.attribute)
-            if held is view.leaf and (held.data_ptr() == address or not tensor.numel):
-                continue
-            return view, current_tensor(place, view)
+            held = vars(place.module).get(place.attribute)
+            if held is not view.leaf or held.data_ptr() != address or not tensor.has_values(place):
+                return view, current_tensor(tensor, view, place)
     return None
 
 
-def current_tensor(place: Place, view: View) -> Tensor:
+def current_tensor(tensor: MaskedTensor, view: View, place: Place) -> Tensor:
     """What a module holds under a masked tensor's name; raise RuntimeError if it does not fit."""
-    held = _held(place)
+    held = tensor.held(view, place)
     if held is None:
         raise unfit(f"{place.name} is gone from its module")
     if held.shape != view.shape:
         now, then = tuple(held.shape), tuple(view.shape)
         raise unfit(f"{place.name} is {now} now, its mask {then}")
     return held.detach()
-
-
-def _held(place: Place) -> Tensor | None:
-    """What a module has in a place: a buffer, or a parameter that somebody put there."""
-    buffer = place.module._buffers.get(place.attribute)
-    return place.module._parameters.get(place.attribute) if buffer is None else buffer
 
 
 def check_tied(tensor: MaskedTensor) -> None:
@@ -173,12 +180,12 @@ def check_tied(tensor: MaskedTensor) -> None:
         RuntimeError: One was.
     """
     held = {
-        place.name: current_tensor(place, view) for view in tensor.views for place in view.places
+        place.name: current_tensor(tensor, view, place) for view, place in tensor.views_and_places()
     }
     addresses = {name: each.data_ptr() for name, each in held.items()}
     for place in tensor.places:
         others = [name for name in held if addresses[name] != addresses[place.name]]
-        if others and place.attribute in place.module._parameters:
+        if others and place.attribute in place.module._parameters and not tensor.has_values(place):
             raise unfit(f"{place.name} and {others[0]} were tied and are no longer")
 
 
@@ -186,8 +193,8 @@ def _check_apart(tensors: Iterable[MaskedTensor]) -> None:
     """Check that no masked tensor was assigned to another's place, which would tie the two."""
     holders: dict[tuple[torch.device, int], MaskedTensor] = {}
     for tensor in tensors:
-        for place in tensor.places:
-            held = _held(place)
+        for view, place in tensor.views_and_places():
+            held = tensor.held(view, place)
             if held is None or held.is_meta or not held.numel():
                 continue
             other = holders.setdefault((held.device, held.data_ptr()), tensor)
@@ -215,19 +222,18 @@ def unfit(reason: str) -> RuntimeError:
     )
 
 
-def _hold_leaf(view: View) -> None:
-    """Have every place hold the view's leaf, as a buffer, whatever it held."""
-    for place in view.places:
-        place.module._parameters.pop(place.attribute, None)
-        place.module._buffers[place.attribute] = view.leaf
+def _hold_leaf(tensor: MaskedTensor, view: View) -> None:
+    """Have every place hold the view's leaf beside the values, whatever it held."""
+    tensor.values = tensor.values
+    view.install(view.leaf)
 
 
 def _tied_values(tensor: MaskedTensor) -> nn.Parameter:
     """The values of a tensor, the same in all places: casts may have parted them."""
     values = tensor.values
-    if tensor.is_tied:
-        for place in tensor.places:
-            place.module._parameters[values_name(place.attribute)] = values
+    for place in tensor.places if tensor.is_tied else ():
+        if tensor.has_values(place):
+            place.module._parameters[place.attribute] = values
     return values
 
 
@@ -248,7 +254,7 @@ def _moved_parts(
         elif values.dtype != flat.dtype or values.device != flat.device:
             _cast(values, flat)
         for view in tensor.views:
-            _hold_leaf(view)
+            _hold_leaf(tensor, view)
         yield Part(tensor, flat, positions.to(flat.device), agreed.to(flat))
 
 

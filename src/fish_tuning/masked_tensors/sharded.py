@@ -58,8 +58,8 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
             if part.numel() > size:
                 raise RuntimeError(
                     f"a parameter for the values of {size} selected entries holds {part.numel()} "
-                    "numbers: write a whole tensor under the tensor's own name, as "
-                    "load_state_dict does, or call remove_mask(model) first"
+                    "numbers: write a whole tensor as load_state_dict does, or call "
+                    "remove_mask(model) first"
                 )
             raise RuntimeError(
                 f"this process holds {part.numel()} of {size} trained values: a masked model "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.masked_tensors.sharded import averaged_gradients
-from fish_tuning.masked_tensors.tensors import MaskedTensor, View
+from fish_tuning.masked_tensors.tensors import MaskedTensor, View, as_leaf
 
 GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
@@ -56,14 +56,14 @@ class Group:
         for tensor in self.tensors:
             tensor.is_trained = tensor.values.requires_grad
             for view in tensor.views:
-                view.leaf = self.view(tensor, view).detach().requires_grad_(tensor.is_trained)
+                view.leaf = as_leaf(self.view(tensor, view), tensor.is_trained)
                 view.install(view.leaf)
         self.attach()
 
     def attach(self) -> None:
         """Refer tensors and their leaves to the group, as copies and pickles do not."""
         self._held = [
-            (place.module, place.attribute, view.leaf, tensor.entries.start)
+            (tensor, place, view.leaf, tensor.entries.start)
             for tensor in self.tensors
             for view in tensor.views
             for place in view.places
@@ -83,9 +83,10 @@ class Group:
         dtype, device = self.storage.dtype, self.storage.device
         return (
             all(
-                module._buffers.get(attribute) is leaf
+                vars(place.module).get(place.attribute) is leaf
                 and leaf.data_ptr() == address + start * itemsize
-                for module, attribute, leaf, start in self._held
+                and tensor.has_values(place)
+                for tensor, place, leaf, start in self._held
             )
             and all(v.dtype == dtype and v.device == device for v in self.values())
             and all(tensor.has_one_parameter() for tensor in self._tied)
@@ -114,7 +115,7 @@ class Group:
         of the tensors: whichever was changed last wins.
         """
         for tensor in self.tensors:
-            values = tensor.values
+            values = tensor.look_up_values()
             flags = [values.requires_grad, *(view.leaf.requires_grad for view in tensor.views)]
             if all(flag == tensor.is_trained for flag in flags):
                 continue

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from fish_tuning.masked_tensors.storage import Group
 
 
-def values_name(attribute: str) -> str:
-    """Name of the parameter that holds the selected entries of a module's tensor."""
-    return f"{attribute}_values"
-
-
 @dataclass(eq=False)
 class Place:
-    """A module's attribute that holds a masked tensor."""
+    """A module's attribute that holds a masked tensor.
+
+    If some entries are selected, their values are the module's parameter of that name, and the
+    tensor lies in the module's `__dict__`, where Python looks first: `module.weight` is the tensor
+    and `named_parameters` lists the values. If none is, the tensor is a buffer.
+    """
 
     module: nn.Module
     attribute: str
@@ -74,9 +74,9 @@ class View:
         return flat
 
     def install(self, tensor: Tensor) -> None:
-        """Have all places hold a tensor."""
+        """Have all places hold a tensor, beside its values."""
         for place in self.places:
-            place.module._buffers[place.attribute] = tensor
+            vars(place.module)[place.attribute] = tensor
 
 
 @dataclass(eq=False)
@@ -100,7 +100,9 @@ class MaskedTensor:
 
     def __post_init__(self) -> None:
         place = self.views[0].places[0]
-        self._owner, self._values_name = place.module, values_name(place.attribute)
+        self._owner, self._attribute = place.module, place.attribute
+        self._values: nn.Parameter | None = None
+        """What `values` was when it was last looked up."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "group": None}
@@ -108,7 +110,11 @@ class MaskedTensor:
     @property
     def places(self) -> Iterator[Place]:
         """All places of all views."""
-        return (place for view in self.views for place in view.places)
+        return (place for _, place in self.views_and_places())
+
+    def views_and_places(self) -> Iterator[tuple[View, Place]]:
+        """All places, each with its view."""
+        return ((view, place) for view in self.views for place in view.places)
 
     @property
     def name(self) -> str:
@@ -127,10 +133,43 @@ class MaskedTensor:
 
     @property
     def values(self) -> nn.Parameter:
-        """The parameter that holds the selected entries, which others may have replaced."""
-        values = self._owner._parameters[self._values_name]
+        """The parameter that holds the selected entries, which others may have replaced.
+
+        Where they have put a whole tensor in its place, it is the one that was there before.
+        """
+        held = self._owner._parameters.get(self._attribute)
+        values = self._values if held is None or held.numel() == self.numel else held
         assert values is not None
         return values
+
+    @values.setter
+    def values(self, values: nn.Parameter) -> None:
+        self._values = values
+        for place in self.places:
+            place.module._parameters[place.attribute] = values
+
+    def look_up_values(self) -> nn.Parameter:
+        """The values, to go by from now on where something else takes their place."""
+        values = self.values
+        if isinstance(values, nn.Parameter):  # and not what `functional_call` puts there
+            self._values = values
+        return values
+
+    def has_values(self, place: Place) -> bool:
+        """Whether the parameter of a place can be values, and not a whole tensor."""
+        own = place.module._parameters.get(place.attribute)
+        return own is not None and own.numel() != self.numel
+
+    def held(self, view: View, place: Place) -> Tensor | None:
+        """The tensor in a place of a view, which others may have replaced; None if it is gone."""
+        own = place.module._parameters.get(place.attribute)
+        if own is None:
+            return place.module._buffers.get(place.attribute)
+        if own.numel() == self.numel:
+            return own
+        tensor: Tensor = vars(place.module).get(place.attribute, own)
+        # FullyShardedDataParallel lets values take the tensor's place for a while.
+        return view.leaf if tensor.numel() == self.num_selected else tensor
 
     @property
     def is_tied(self) -> bool:
@@ -140,8 +179,7 @@ class MaskedTensor:
     def has_one_parameter(self) -> bool:
         """Whether all its places have the same parameter for its values."""
         return all(
-            place.module._parameters.get(values_name(place.attribute)) is self.values
-            for place in self.places
+            place.module._parameters.get(place.attribute) is self.values for place in self.places
         )
 
     @property
@@ -189,6 +227,16 @@ class MaskedTensor:
     def checksum(self) -> int:
         """CRC-32 of which entries are selected, which never changes."""
         return zlib.crc32(self.bits().numpy().data)
+
+
+def as_leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """A tensor without history, which code that expects a parameter takes for one.
+
+    It shares the memory of others in its group, which copies of a true `nn.Parameter` would not.
+    """
+    leaf = tensor.detach().requires_grad_(requires_grad)
+    vars(leaf)["_is_param"] = True  # What isinstance(leaf, nn.Parameter) goes by.
+    return leaf
 
 
 def _receiver(tensor: MaskedTensor, view: View) -> Callable[[Tensor], None]:

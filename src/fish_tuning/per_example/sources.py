@@ -156,6 +156,8 @@ class Sources:
             for attribute, parameter in module._parameters.items():
                 if (name := names.get(id(parameter))) is None:
                     continue
+                if attribute in vars(module):
+                    raise OnePassError(f"{name} is trained in part, so its module holds a tensor")
                 if (form := closed_form_of(module, attribute)) is not None:
                     self._closed_forms[module][name] = form
                 elif isinstance(module, nn.ParameterDict | nn.ParameterList) and not (

@@ -15,7 +15,6 @@ from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.checks import (
     check_fits,
     check_gradients_unused,
-    check_names_free,
     check_unmasked,
     warn_of_others,
 )
@@ -34,12 +33,12 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     frozen entries are no parameters at all. No optimizer, weight decay or momentum can move them,
     the state of AdamW holds two numbers per selected entry, and counters tell the truth.
 
-    Each tensor of which some entries are selected becomes a buffer. Its k selected entries are a
-    parameter beside it, of shape (k,) for vectors and (k, 1) otherwise: `lora_A.default.weight`
-    gets `lora_A.default.weight_values`. What goes by module or by name (freezing, switching and
-    deleting adapters, learning rates) works as without a mask. Whoever writes last wins, be it the
-    values or the tensor. A tensor of which every entry is selected stays the parameter it was, and
-    so does every parameter that the mask does not name.
+    The k selected entries of a tensor, of shape (k,) for vectors and (k, 1) otherwise, take its
+    place among the parameters: `named_parameters` lists them as `lora_A.default.weight`, while
+    `lora_A.default.weight` itself and state dicts are the whole tensor. What goes by module or by
+    name (freezing, switching and deleting adapters, learning rates) works as without a mask.
+    Whoever writes last wins, be it the values or the tensor. A tensor of which every entry is
+    selected stays the parameter it was, and so does every parameter that the mask does not name.
 
     A model can have several masks, for example one for each adapter, on different tensors. Apply
     masks before you build the optimizer. Where torch.distributed has several processes, all of
@@ -72,7 +71,6 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
     check_fits(parameters, mask)
-    check_names_free(model, mask)
     check_gradients_unused(model, mask, [name for name, bits in mask.items() if not bits.all()])
     # An engine would send the values alone: what they are written into has to be equal before.
     check_equal(chain((parameters[name] for name in mask), mask.values()))

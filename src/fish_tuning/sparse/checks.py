@@ -13,7 +13,6 @@ from torch import nn
 
 from fish_tuning.engines import check_in_memory
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.masked_tensors.tensors import values_name
 from fish_tuning.sparse.registry import STATE, state_of
 from fish_tuning.sparse.state import MaskState
 
@@ -85,21 +84,6 @@ def check_fits(parameters: Mapping[str, nn.Parameter], mask: FishMask) -> None:
     check_in_memory({name: parameters[name] for name in mask})
 
 
-def check_names_free(model: nn.Module, mask: FishMask) -> None:
-    """Check that the names under which modules are to hold values are not taken.
-
-    Raises:
-        ValueError: One is.
-    """
-    for name, bits in mask.items():
-        path, _, attribute = name.rpartition(".")
-        if not bits.all() and hasattr(model.get_submodule(path), values_name(attribute)):
-            raise ValueError(
-                f"the model has an attribute {values_name(name)!r} of its own, the name under "
-                "which a mask keeps trained values: rename it"
-            )
-
-
 def warn_of_others(
     parameters: Mapping[str, nn.Parameter], mask: FishMask, state: MaskState
 ) -> None:
@@ -108,7 +92,7 @@ def warn_of_others(
     A mask may leave parameters out on purpose (a head that is trained as a whole), so that this is
     no error; one that was made for a model of fewer layers leaves them out by mistake.
     """
-    ours = {values_name(name) for name in masked_names(state)} | masked_names(state)
+    ours = masked_names(state)
     left = {n: p.numel() for n, p in parameters.items() if p.requires_grad and n not in ours}
     if left:
         logger.warning(

@@ -19,20 +19,22 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fish_tuning.masked_tensors.parameters import as_buffers
 from fish_tuning.masked_tensors.structure import entrances
-from fish_tuning.masked_tensors.tensors import MaskedTensor, values_name
+from fish_tuning.masked_tensors.tensors import MaskedTensor, as_leaf
 from fish_tuning.sparse.state import MaskState
-from fish_tuning.sparse.state_dict import owned
+from fish_tuning.sparse.state_dict import load_tensors, owned
 
 
 def patch_model(state: MaskState, root: nn.Module) -> None:
     """Patch what reads or changes masked tensors, in a model and its modules."""
     for module in entrances(root):
         patch(state, module, "named_modules", _named_modules)
-        patch(state, module, "buffers", _buffers)
     for module in root.modules():
         if module is root or module in state.by_module:
             patch(state, module, "_apply", _apply)
+        if module in state.by_module:
+            patch(state, module, "_load_from_state_dict", _load)
         if isinstance(module, PeftModel):
             patch(state, module, "delete_adapter", _release_deleted)
             patch(state, module, "get_parameter", _get_parameter)
@@ -75,21 +77,24 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Casts and moves: PyTorch replaces buffers, whose gradients have to reach the values."""
-    before = dict(module._buffers)
-    result = original(module, name)(*args, **kwargs)
-    for tensor, view, place in owned(state, module):
-        was, held = (buffers.get(place.attribute) for buffers in (before, module._buffers))
-        if was is None or held is None or held is was or not was.requires_grad:
+    """Casts and moves: PyTorch moves buffers, whose gradients have to reach the values."""
+    split = [each for each in owned(state, module) if each[0].is_split]
+    before = {place: vars(module).get(place.attribute) for _, _, place in split}
+    held = [place for tensor, _, place in split if before[place] is not None]
+    with as_buffers([p for p in held if p.attribute in module._parameters], with_values=True):
+        result = original(module, name)(*args, **kwargs)
+    for tensor, view, place in split:
+        was, now = before[place], vars(module).get(place.attribute)
+        if was is None or now is None or now is was or not was.requires_grad:
             continue
         if was.grad_fn is not None:
             # In a forward pass, maybe without gradients: diffusers casts layers as they compute.
             with torch.enable_grad():
-                module._buffers[place.attribute] = was.to(held)
+                vars(module)[place.attribute] = was.to(now)
         else:
-            leaf = held.detach().requires_grad_()
+            leaf = as_leaf(now, requires_grad=True)
             tensor.receive_from(view, leaf)
-            module._buffers[place.attribute] = leaf
+            vars(module)[place.attribute] = leaf
     if module is state.root():
         state.update()
     return result
@@ -105,23 +110,21 @@ def _named_modules(
 ) -> Any:
     """What reads tensors with no method of the model's lists its modules first.
 
-    PEFT's get_layer_status wants to know what requires gradients, torch.export takes the tensors.
+    PEFT's get_layer_status wants to know what requires gradients, optimizers want the parameters,
+    and torch.export takes the tensors.
     """
     if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
-        state.agree_on_training()
+        state.show_values()
         if not remove_duplicate:
             state.update_intact()
     return original(module, name)(memo, prefix, remove_duplicate)
 
 
-def _buffers(state: MaskState, module: nn.Module, name: str, recurse: bool = True) -> Any:
-    """Without masked tensors: AveragedModel averages parameters, and then copies all buffers.
-
-    Tensors follow their values. Only torch.export has to know what is a buffer for PyTorch.
-    """
-    places = () if torch.compiler.is_exporting() else state.places()
-    masked = {id(place.module._buffers.get(place.attribute)) for place in places}
-    return (each for each in original(module, name)(recurse) if id(each) not in masked)
+def _load(
+    state: MaskState, module: nn.Module, name: str, loaded: dict[str, Any], *args: Any
+) -> None:
+    """State dicts hold tensors: PyTorch would load them into the values."""
+    load_tensors(state, module, original(module, name), loaded, *args)
 
 
 def _read(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -154,19 +157,22 @@ def _get_parameter(state: MaskState, module: nn.Module, name: str, target: str) 
         ValueError: TRL's DPOTrainer, which copies parameters of one adapter to another by name,
             finds no mask on the other.
     """
-    try:
-        return original(module, name)(target)
-    except AttributeError as error:
-        for place in (place for tensor in state.tensors for place in tensor.places):
-            if place.name == target and place.attribute in place.module._buffers:
-                return place.module._buffers[place.attribute]
-        if not target.endswith(values_name("")):
-            raise
+    masked = {
+        place.name: (tensor, view, place)
+        for tensor in state.tensors
+        for view, place in tensor.views_and_places()
+        if tensor.num_selected < tensor.numel
+    }
+    if target in masked:
+        tensor, view, place = masked[target]
+        return tensor.held(view, place)
+    if target.replace(".ref.", ".default.") in masked:
         raise ValueError(
             f"{target} is to be copied from a masked adapter, and its own adapter has no mask. "
             "DPOTrainer copies the parameters of the adapter to one that it calls 'ref', without "
             "what a mask has frozen: leave the model as it is and pass FishTuningCallback(mask)"
-        ) from error
+        )
+    return original(module, name)(target)
 
 
 def _unload(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from fish_tuning.masked_tensors.reconcile import (
 from fish_tuning.masked_tensors.sharded import note_shards
 from fish_tuning.masked_tensors.storage import Group, grouped
 from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
-from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View
+from fish_tuning.masked_tensors.tensors import MaskedTensor, View
 from fish_tuning.sparse.calls import is_being_called, untraced
 from fish_tuning.sparse.idle_layers import IdleLayers
 from fish_tuning.sparse.registry import STATE, forget, remember
@@ -208,13 +208,18 @@ class MaskState:
 
     def agree_on_training(self) -> None:
         """Have values and tensors agree on which of them require gradients."""
-        self._is_running()
         for group in self.groups:
             group.agree_on_training()
 
-    def places(self) -> Iterator[Place]:
-        """Where the model holds tensors with values."""
-        return (place for t in self.tensors if t.is_split for place in t.places)
+    def show_values(self) -> None:
+        """Have modules list values as their parameters, as they are and with their flags.
+
+        Somebody may have assigned tensors since, such as `tie_weights`.
+        """
+        if not self._is_running():
+            split = [t for g in self.groups if not g.is_intact() for t in g.tensors if fits(t)]
+            self._take_in(split, may_tie=True)
+        self.agree_on_training()
 
     def update_intact(self) -> None:
         """Bring tensors up to date where nothing was replaced, in the middle of any change.
@@ -242,7 +247,7 @@ class MaskState:
                     held = [p.module._buffers.get(p.attribute) for p in view.places]
                     if any(each is not view.leaf for each in held) or view.leaf.requires_grad:
                         check_tied(tensor)
-                        hold_unselected(view, current_tensor(view.places[0], view))
+                        hold_unselected(view, current_tensor(tensor, view, view.places[0]))
         for group, new in replaced.items():
             if group.only_values_cast:
                 self._cast_unselected(group.storage.dtype, new[0].storage.dtype)
@@ -281,8 +286,7 @@ class MaskState:
             # torch.export lists modules first, which brings the tensors up to date.
             return
         if torch.jit.is_tracing():
-            with untraced():
-                self.update()
+            self._before_traced(module)
             return
         root = self.root()
         if not torch.compiler.is_compiling():
@@ -304,6 +308,17 @@ class MaskState:
         if torch.is_grad_enabled():
             for group in self.groups:
                 self.differentiable += group.install_differentiable()
+
+    def _before_traced(self, module: nn.Module) -> None:
+        """Have torch.jit keep the tensors as constants, which must not require gradients."""
+        with untraced():
+            self.update()
+            self.running, self.thread = id(module), threading.get_ident()
+            for group in self.groups:
+                group.version = _version(group.storage)
+                for view in (view for tensor in group.tensors for view in tensor.views):
+                    view.install(view.leaf.detach())
+                    self.differentiable.append(view)
 
     def after_forward(self, module: nn.Module) -> None:
         """Give the modules their leaves back."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp._common_utils import FSDP_PREFIX
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from fish_tuning.masked_tensors.parameters import as_buffers
 from fish_tuning.masked_tensors.reconcile import check_conflicts
-from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View, values_name
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View
 from fish_tuning.sparse.state import MaskState
 
 logger = logging.getLogger(__name__)
@@ -32,18 +32,15 @@ def hook_state_dict(state: MaskState, module: nn.Module) -> None:
     state.uninstallers += [
         module.register_state_dict_pre_hook(before).remove,
         module.register_state_dict_post_hook(after).remove,
-        module.register_load_state_dict_pre_hook(functools.partial(_before_load, state)).remove,
-        module.register_load_state_dict_post_hook(functools.partial(_after_load, state)).remove,
     ]
 
 
 def owned(state: MaskState, module: nn.Module) -> Iterator[tuple[MaskedTensor, View, Place]]:
     """The masked tensors that a module holds, each with its view and place there."""
     for tensor in state.by_module.get(module, []):
-        for view in tensor.views:
-            for place in view.places:
-                if place.module is module:
-                    yield tensor, view, place
+        for view, place in tensor.views_and_places():
+            if place.module is module:
+                yield tensor, view, place
 
 
 def _before_save(state: MaskState, module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -56,13 +53,11 @@ def _after_save(
 ) -> None:
     checksums = {}
     for tensor, view, place in owned(state, module):
-        if FSDP_PREFIX not in prefix:
-            # FullyShardedDataParallel asserts that every parameter is there.
-            saved.pop(prefix + values_name(place.attribute), None)
         key = prefix + place.attribute
-        # With keep_vars, a state dict holds what the module holds.
-        if tensor.is_split and key in saved and saved[key] is not module._buffers[place.attribute]:
-            saved[key] = _unshared(tensor, view, saved, key)
+        if tensor.is_split and key in saved:
+            # With keep_vars, a state dict holds what the module holds.
+            keep_vars = saved[key] is module._parameters[place.attribute]
+            saved[key] = view.leaf if keep_vars else _unshared(tensor, view, saved, key)
         if view.is_contiguous:
             checksums[place.attribute] = tensor.checksum
     metadata[_METADATA] = checksums
@@ -100,18 +95,21 @@ def with_tensors(state: MaskState, given: Mapping[str, Any]) -> Mapping[str, Any
     Scripts choose what save_pretrained is to write from the model's named_parameters. These list
     values, and leave out tensors of which nothing is selected, which are added here.
     """
-    if not any(values_name(place.name) in given for place in state.places()):
+    places = [(t, view, place) for t in state.tensors for view, place in t.views_and_places()]
+    whole = {
+        place.name: _filled(tensor, view, given[place.name])
+        for tensor, view, place in places
+        if place.name in given and _are_values(tensor, given[place.name])
+    }
+    if not whole:
         return given
-    whole = dict(given)
-    for tensor in state.tensors:
-        for view in tensor.views:
-            for place in view.places:
-                values = whole.pop(values_name(place.name), None)
-                if values is not None:
-                    whole[place.name] = _filled(tensor, view, values)
-                elif tensor.is_frozen:
-                    whole.setdefault(place.name, view.leaf.detach())
-    return whole
+    unselected = {p.name: view.leaf.detach() for t, view, p in places if t.is_frozen}
+    return {**unselected, **given, **whole}
+
+
+def _are_values(tensor: MaskedTensor, given: Any) -> bool:
+    """Whether what is given under a tensor's name are its values, and not the whole tensor."""
+    return tensor.is_split and getattr(given, "shape", None) == tensor.values_shape
 
 
 def _filled(tensor: MaskedTensor, view: View, values: Tensor) -> Tensor:
@@ -124,21 +122,43 @@ def _filled(tensor: MaskedTensor, view: View, values: Tensor) -> Tensor:
     return view.of(flat).to(values)
 
 
-def _before_load(
+def load_tensors(
     state: MaskState,
     module: nn.Module,
-    loaded: dict[str, Any],
+    load: Callable[..., None],
+    loaded: Mapping[str, Any],
     prefix: str,
     metadata: Any,
     *args: Any,
 ) -> None:
+    """Load a module's tensors from a state dict, or its values if that is what it holds.
+
+    `load` is the module's own `_load_from_state_dict`, with its arguments after it.
+
+    Raises:
+        ValueError: The state dict was saved under another mask.
+    """
     # Values written before are older than what is loaded.
     state.update(module)
-    checksums = metadata.get(_METADATA, {})
+    _check_loaded(state, module, loaded, prefix, metadata.get(_METADATA, {}))
+    places = [
+        place
+        for tensor, _, place in owned(state, module)
+        if tensor.is_split and not _are_values(tensor, loaded.get(prefix + place.attribute))
+    ]
+    with as_buffers(places, with_values=False):
+        load(loaded, prefix, metadata, *args)
+    state.update(module)
+
+
+def _check_loaded(
+    state: MaskState,
+    module: nn.Module,
+    loaded: Mapping[str, Any],
+    prefix: str,
+    checksums: Mapping[str, int],
+) -> None:
     for tensor, view, place in owned(state, module):
-        if prefix + place.attribute in loaded:
-            # FullyShardedDataParallel has them saved; the tensors say it all.
-            loaded.pop(prefix + values_name(place.attribute), None)
         checksum = checksums.get(place.attribute)
         if (new := loaded.get(prefix + place.attribute)) is None or checksum == tensor.checksum:
             continue
@@ -193,10 +213,3 @@ def _changed_frozen(tensor: MaskedTensor, view: View, loaded: Any) -> tuple[int,
         counted &= used.view(loaded.shape)
     equal = torch.isclose(loaded, held, rtol=rounding, atol=0, equal_nan=True)
     return int((~equal & counted).sum()), int(counted.sum())
-
-
-def _after_load(state: MaskState, module: nn.Module, incompatible_keys: Any) -> None:
-    names = {values_name(place.attribute) for _, _, place in owned(state, module)}
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if key.rpartition(".")[2] not in names]
-    state.update(module)
