@@ -109,6 +109,35 @@ def test_shapes_of_values():
     assert [id(v) for v in masked_parameters(model)] == [id(v) for v in model.parameters()]
 
 
+def test_parameters_keep_their_order():
+    """Guards against an optimizer's checkpoint that is loaded into the wrong parameters."""
+    model = Mlp()
+    names = [name for name, _ in model.named_parameters()]
+    apply_mask(model, {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters()})
+    values = list(model.parameters())
+    for change in (lambda: model.load_state_dict(model.state_dict()), model.double, model.float):
+        change()
+        assert [name for name, _ in model.named_parameters()] == names
+        assert all(ours is held for ours, held in zip(model.parameters(), values, strict=True))
+    assert isinstance(model.first.weight, nn.Parameter)
+    model.first.weight = model.first.weight  # as `tie_weights` does
+    assert next(model.parameters()) is values[0]
+
+
+def test_values_that_were_saved_by_name_are_loaded():
+    """Guards against scripts that save what is trained, and get nothing back."""
+    model, twin = Mlp(), Mlp()
+    mask = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+    for each in (model, twin):
+        apply_mask(each, mask)
+    saved = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    twin.load_state_dict(saved)
+    for name, tensor in twin.state_dict().items():
+        assert (tensor[mask[name]] == 1).all()
+        assert torch.equal(tensor[~mask[name]], before[name][~mask[name]])
+
+
 def test_a_sequential_keeps_its_modules():
     """Guards against a child that `model[-1]` or a loop over the modules finds."""
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))

@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import nn
 
-from fish_tuning import apply_mask, create_mask_from_fisher, get_mask
+from fish_tuning import apply_mask, create_mask_from_fisher
 
 SEED = 0
 
@@ -81,14 +81,6 @@ def _masking(get_peft_model: Any) -> Any:
     return masked
 
 
-def _check_requires_grad(self: Any, model: nn.Module, *expected: str) -> None:
-    """Compares what is trained by the names of the tensors, not of their values."""
-    mask = get_mask(model) or {}
-    unselected = {name for name, bits in mask.items() if not bits.any()}
-    trained = {n.removesuffix("_values") for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(expected) - unselected
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps the first configs of each tuner for each test, and of these an even share.
 
@@ -117,9 +109,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 continue
         kept.append(item)
     chosen = set(kept)
-    for kind in {getattr(item, "cls", None) for item in kept}:
-        if config.getoption("--masked") and hasattr(kind, "check_requires_grad"):
-            kind.check_requires_grad = _check_requires_grad
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
 

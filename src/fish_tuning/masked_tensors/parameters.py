@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.masked_tensors.reconcile import check_tied, current_tensor
 from fish_tuning.masked_tensors.storage import Part
 from fish_tuning.masked_tensors.tensors import (
     MaskedTensor,
@@ -110,6 +111,27 @@ def hold_unselected(view: View, tensor: Tensor) -> None:
         place.module._parameters.pop(place.attribute, None)
         place.module._buffers[place.attribute] = view.leaf
         vars(place.module)[UNSELECTED] = view.leaf
+
+
+def take_in_unselected(tensors: Iterable[MaskedTensor]) -> None:
+    """Take in unselected tensors that were moved, cast or replaced.
+
+    Raises:
+        RuntimeError: One is gone, has another shape than its mask, or was tied to another.
+    """
+    for tensor in tensors:
+        for view in tensor.views:
+            held = [place.module._buffers.get(place.attribute) for place in view.places]
+            if any(each is not view.leaf for each in held) or view.leaf.requires_grad:
+                check_tied(tensor)
+                hold_unselected(view, current_tensor(tensor, view, view.places[0]))
+
+
+def cast_unselected(tensors: Iterable[MaskedTensor], before: torch.dtype, now: torch.dtype) -> None:
+    """Cast the tensors that would have been cast with the values, were they parameters."""
+    for view in (view for tensor in tensors for view in tensor.views):
+        if view.leaf.dtype == before:
+            hold_unselected(view, view.leaf.to(now))
 
 
 def restore_parameter(

@@ -149,6 +149,16 @@ class Group:
                 output.__deepcopy__ = view.leaf.__deepcopy__
         return views
 
+    def install_constants(self) -> list[View]:
+        """Have places hold tensors that require no gradients; return their views.
+
+        torch.jit keeps them as constants of what it traces.
+        """
+        views = [view for tensor in self.tensors for view in tensor.views]
+        for view in views:
+            view.install(view.leaf.detach())
+        return views
+
     def selected_gradients(
         self, tensors: list[MaskedTensor], gradients: Iterable[Tensor | None]
     ) -> list[Tensor | None]:

@@ -18,21 +18,20 @@ from torch._guards import detect_fake_mode
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.masked_tensors.parameters import (
     Orders,
+    cast_unselected,
     find_tensors,
     freeze_parameter,
-    hold_unselected,
     restore_parameter,
     split_parameter,
+    take_in_unselected,
 )
 from fish_tuning.masked_tensors.reconcile import (
     check_conflicts,
-    check_tied,
-    current_tensor,
     fits,
     reconcile,
     take_in_replaced,
 )
-from fish_tuning.masked_tensors.sharded import note_shards
+from fish_tuning.masked_tensors.sharded import let_fully_shard_find_values, note_shards
 from fish_tuning.masked_tensors.storage import Group, grouped
 from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
 from fish_tuning.masked_tensors.tensors import MaskedTensor, View
@@ -73,6 +72,7 @@ class MaskState:
         """The views that differ from their leaves during that pass."""
         self.steps_without_values = 0
         self.has_warned_of_load = False
+        let_fully_shard_find_values()
         self._watch(root)
 
     # What is masked
@@ -109,12 +109,11 @@ class MaskState:
         bits_by_name, provenances = {}, []
         for tensor in self.tensors:
             bits = tensor.bits()
-            for view in tensor.views:
-                for place in view.places:
-                    if place.in_mask and (belongs is None or belongs(place.name)):
-                        bits_by_name[place.name] = view.of(bits).contiguous()
-                        if tensor.provenance not in provenances:
-                            provenances.append(tensor.provenance)
+            for view, place in tensor.views_and_places():
+                if place.in_mask and (belongs is None or belongs(place.name)):
+                    bits_by_name[place.name] = view.of(bits).contiguous()
+                    if tensor.provenance not in provenances:
+                        provenances.append(tensor.provenance)
         if not bits_by_name:
             return None
         provenance = provenances[0] if len(provenances) == 1 else {"masks": provenances}
@@ -179,11 +178,9 @@ class MaskState:
             setattr(root, DDP_IGNORES, [name for name in ignored if name not in self.ignored])
 
     def ignore_in_ddp(self, root: nn.Module) -> None:
-        """Keep DistributedDataParallel from broadcasting tensors before each forward pass."""
-        leaves = {id(view.leaf) for tensor in self.tensors for view in tensor.views}
-        buffers = root.named_buffers(remove_duplicate=False)
+        """Keep DistributedDataParallel from broadcasting tensors of which nothing is trained."""
         before = getattr(root, DDP_IGNORES, [])
-        new = {name for name, buffer in buffers if id(buffer) in leaves}.difference(before)
+        new = {p.name for tensor in self.unselected for p in tensor.places}.difference(before)
         setattr(root, DDP_IGNORES, [*before, *sorted(new)])
         self.ignored |= new
 
@@ -241,23 +238,12 @@ class MaskState:
             split = [t for t in tensors if t.is_split]
         replaced = take_in_replaced(split, () if may_tie else self.tensors)
         self._replace_groups(replaced)
-        for tensor in self.unselected if tensors is self.tensors else tensors:
-            if tensor.is_frozen:
-                for view in tensor.views:
-                    held = [p.module._buffers.get(p.attribute) for p in view.places]
-                    if any(each is not view.leaf for each in held) or view.leaf.requires_grad:
-                        check_tied(tensor)
-                        hold_unselected(view, current_tensor(tensor, view, view.places[0]))
+        take_in_unselected(
+            self.unselected if tensors is self.tensors else [t for t in tensors if t.is_frozen]
+        )
         for group, new in replaced.items():
             if group.only_values_cast:
-                self._cast_unselected(group.storage.dtype, new[0].storage.dtype)
-
-    def _cast_unselected(self, before: torch.dtype, now: torch.dtype) -> None:
-        """Cast the tensors that would have been cast with the values, were they parameters."""
-        for tensor in self.tensors:
-            for view in tensor.views:
-                if tensor.is_frozen and view.leaf.dtype == before:
-                    hold_unselected(view, view.leaf.to(now))
+                cast_unselected(self.unselected, group.storage.dtype, new[0].storage.dtype)
 
     def _replace_groups(self, replaced: dict[Group, list[Group]]) -> None:
         for group, new in replaced.items():
@@ -286,7 +272,12 @@ class MaskState:
             # torch.export lists modules first, which brings the tensors up to date.
             return
         if torch.jit.is_tracing():
-            self._before_traced(module)
+            with untraced():
+                self.update()
+                self.running, self.thread = id(module), threading.get_ident()
+                for group in self.groups:
+                    group.version = _version(group.storage)
+                    self.differentiable += group.install_constants()
             return
         root = self.root()
         if not torch.compiler.is_compiling():
@@ -308,17 +299,6 @@ class MaskState:
         if torch.is_grad_enabled():
             for group in self.groups:
                 self.differentiable += group.install_differentiable()
-
-    def _before_traced(self, module: nn.Module) -> None:
-        """Have torch.jit keep the tensors as constants, which must not require gradients."""
-        with untraced():
-            self.update()
-            self.running, self.thread = id(module), threading.get_ident()
-            for group in self.groups:
-                group.version = _version(group.storage)
-                for view in (view for tensor in group.tensors for view in tensor.views):
-                    view.install(view.leaf.detach())
-                    self.differentiable.append(view)
 
     def after_forward(self, module: nn.Module) -> None:
         """Give the modules their leaves back."""
