@@ -1,5 +1,7 @@
 """Models, training and comparisons for tests of several processes and of wrapped models."""
 
+from operator import attrgetter
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,8 +72,7 @@ def random_mask(model, density=0.3):
 
 
 def tensors_of(model, mask):
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensors[name].detach().clone() for name in mask}
+    return {name: attrgetter(name)(model).detach().clone() for name in mask}
 
 
 def optimizer_for(model):

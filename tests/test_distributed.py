@@ -113,7 +113,7 @@ def test_ddp_trains_as_one_process(settings, tmp_path):
         assert not ignored  # After remove_mask.
 
 
-def train_fsdp(rank, model, mask):
+def train_fsdp(rank, model, mask, broadcast):
     apply_mask(model, mask)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
@@ -125,21 +125,23 @@ def train_fsdp(rank, model, mask):
     state = {name: tensor + 1 for name, tensor in state.items()}
     parameters: list[Any] = masked_parameters(model)  # DTensors
     held = sum(p.to_local().numel() for p in parameters)
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=False)
+    set_model_state_dict(model, state if rank == 0 or not broadcast else {}, options=options)
     loaded = tensors_of(model, mask)
     with torch.no_grad():  # Writes the values into the tensors.
         model(**labelled_alike(model, 0))
     return trained, held, loaded, tensors_of(model, mask)
 
 
-def test_fully_shard_trains_as_one_process(tmp_path):
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_fully_shard_trains_as_one_process(broadcast, tmp_path):
     """Guards against values that are divided when the tensors are written, saved or loaded."""
     model = lora_llama()
     mask = random_mask(model)
     one = apply_mask(copy.deepcopy(model), mask)
     before = tensors_of(one, mask)
     train(one)
-    results = in_processes(2, tmp_path / "a", train_fsdp, model, mask)
+    results = in_processes(2, tmp_path / "a", train_fsdp, model, mask, broadcast)
     assert_same_weights([trained for trained, *_ in results], tensors_of(one, mask), before)
     assert sum(held for _, held, *_ in results) == get_mask(one).num_trainable
     for trained, _, loaded, written in results:

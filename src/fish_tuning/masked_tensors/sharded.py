@@ -6,7 +6,6 @@ exchange brings them together, one averages their gradients.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,31 +15,6 @@ from torch import Tensor, nn
 
 _DIVIDED = "_fish_divided"
 """Attribute of a complete parameter that holds fully_shard's record of it."""
-
-
-@functools.cache
-def let_fully_shard_find_values() -> None:
-    """Have `fully_shard` take the values for a module's parameter, and not the masked tensor.
-
-    It looks for its parameters again by `getattr`, which finds the tensor. It asks nobody, and
-    before any hook of ours can run.
-    """
-    if not dist.is_available():
-        return
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-
-    reset: Any = FSDPParam.reset_sharded_param
-
-    @functools.wraps(reset)
-    def reset_sharded_param(self: Any) -> None:
-        attributes, name = vars(self._module_info.module), self._module_info.param_name
-        held = {name: attributes.pop(name)} if name in attributes else {}
-        try:
-            reset(self)
-        finally:
-            attributes.update(held)
-
-    FSDPParam.reset_sharded_param = reset_sharded_param  # type: ignore[method-assign]
 
 
 def note_shards(modules: Iterable[nn.Module]) -> None:

@@ -31,7 +31,8 @@ from fish_tuning.masked_tensors.reconcile import (
     reconcile,
     take_in_replaced,
 )
-from fish_tuning.masked_tensors.sharded import let_fully_shard_find_values, note_shards
+from fish_tuning.masked_tensors.sharded import note_shards
+from fish_tuning.masked_tensors.sharding import let_sharding_find_values
 from fish_tuning.masked_tensors.storage import Group, grouped
 from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
 from fish_tuning.masked_tensors.tensors import MaskedTensor, View
@@ -72,7 +73,7 @@ class MaskState:
         """The views that differ from their leaves during that pass."""
         self.steps_without_values = 0
         self.has_warned_of_load = False
-        let_fully_shard_find_values()
+        let_sharding_find_values()
         self._watch(root)
 
     # What is masked

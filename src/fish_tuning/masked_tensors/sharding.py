@@ -1,0 +1,92 @@
+"""What PyTorch's sharding has to be told: a parameter's name leads `getattr` to a masked tensor.
+
+FSDP1, FSDP2 and distributed checkpoints look for parameters again where no hook of ours can run,
+so the functions that do are wrapped. For modules without masked tensors they do what they did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_loading: list[bool] = []
+"""Not empty while a distributed checkpoint is loaded."""
+
+
+@functools.cache
+def let_sharding_find_values() -> None:
+    """Have sharding take the values for a module's parameters, and loading take the tensors."""
+    if not dist.is_available():
+        return
+    from torch.distributed.checkpoint import state_dict as checkpoint
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    of_flat: Any = FlatParamHandle._writeback_orig_params
+    of_sharded: Any = FSDPParam.reset_sharded_param
+
+    @functools.wraps(of_flat)
+    def writeback_orig_params(self: Any) -> Any:
+        with _hidden((info.module, info.param_name) for info in self.flat_param._param_infos):
+            return of_flat(self)
+
+    @functools.wraps(of_sharded)
+    def reset_sharded_param(self: Any) -> Any:
+        with _hidden([(self._module_info.module, self._module_info.param_name)]):
+            return of_sharded(self)
+
+    replaced: Any = FlatParamHandle, FSDPParam
+    replaced[0]._writeback_orig_params = writeback_orig_params
+    replaced[1].reset_sharded_param = reset_sharded_param
+    _let_loading_find_tensors(checkpoint)
+
+
+def _let_loading_find_tensors(checkpoint: Any) -> None:
+    """Have `set_model_state_dict` load tensors in full, and not cut as their values are."""
+    load, list_states = checkpoint._load_model_state_dict, checkpoint._iterate_valid_model_state
+
+    @functools.wraps(load)
+    def load_model_state_dict(*args: Any, **kwargs: Any) -> Any:
+        _loading.append(True)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            _loading.pop()
+
+    @functools.wraps(list_states)
+    def iterate_valid_model_state(model: nn.Module, *args: Any) -> Iterator[tuple[str, Any]]:
+        tensors = _tensors_by_values(model) if _loading else {}
+        for name, state in list_states(model, *args):
+            yield name, tensors.get(id(state), state)
+
+    checkpoint._load_model_state_dict = load_model_state_dict
+    checkpoint._iterate_valid_model_state = iterate_valid_model_state
+
+
+def _tensors_by_values(model: nn.Module) -> dict[int, Tensor]:
+    return {
+        id(values): vars(module)[name]
+        for module in model.modules()
+        for name, values in module._parameters.items()
+        if name in vars(module)
+    }
+
+
+@contextmanager
+def _hidden(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Let `getattr` find the values in these places, which are the modules' parameters."""
+    held = [
+        (vars(module), name, vars(module).pop(name))
+        for module, name in places
+        if name in module._parameters and name in vars(module)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, tensor in held:
+            attributes[name] = tensor
