@@ -25,12 +25,7 @@ from fish_tuning.masked_tensors.parameters import (
     split_parameter,
     take_in_unselected,
 )
-from fish_tuning.masked_tensors.reconcile import (
-    check_conflicts,
-    fits,
-    reconcile,
-    take_in_replaced,
-)
+from fish_tuning.masked_tensors.reconcile import check_conflicts, fits, reconcile, take_in_replaced
 from fish_tuning.masked_tensors.sharded import note_shards
 from fish_tuning.masked_tensors.sharding import let_sharding_find_values
 from fish_tuning.masked_tensors.storage import Group, grouped
