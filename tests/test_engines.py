@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from fish_tuning import FishConfig, apply_mask, get_fish_model, score_with_perturbed_b
-from tests.models import batches_of, examples_for
+from tests.models import batches_of, examples_for, tiny_llama
 from tests.parallel import (
     Failing,
     assert_equal_scores,
@@ -30,31 +33,64 @@ def wrapped(rank, batches):
         error_of(get_fish_model, ddp, config, Failing(batches, fails=True), progress=False),
     ]
     scores = scored(ddp, batches), score_with_perturbed_b(ddp, batches, progress=False)
-    sharded = []
-    cpu = torch.device("cpu")
-    for model in (
-        fully_shard(lora_llama()),
-        FullyShardedDataParallel(lora_llama(), use_orig_params=True, device_id=cpu),
-    ):
-        sharded.append(error_of(scored, model, batches))
-        sharded.append(error_of(apply_mask, model, mask))
-    return scores, errors, sharded
+    return scores, errors
 
 
-def test_wrapped_and_sharded_models(tmp_path):
-    """Guards names with DDP's prefix, a reducer that never sees the values, and parts of
-    parameters that are scored as if they were whole."""
+def test_wrapped_models(tmp_path):
+    """Guards names with DDP's prefix, and a reducer that never sees the values."""
     model = lora_bert()
     batches = batches_of(examples_for(model, 6), 2)
-    for scores, errors, sharded in in_processes(2, tmp_path / "a", wrapped, batches):
+    for scores, errors in in_processes(2, tmp_path / "a", wrapped, batches):
         assert_equal_scores(scores[0], scored(model, batches))
         assert_equal_scores(scores[1], score_with_perturbed_b(model, batches, progress=False))
         for kind, message in errors:
             assert kind == "ValueError" and "mask the model first, then wrap it" in message
-        for kind, message in sharded:
-            assert kind == "ValueError"
+
+
+def parallel(model):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+
+
+def by_columns(model):
+    layer = model.model.layers[0].mlp
+    fully_shard(layer, shard_placement_fn=lambda parameter: Shard(1))
+    return model
+
+
+def divided(rank, batches):
+    cpu = torch.device("cpu")
+    refused = {
+        "FullyShardedDataParallel": FullyShardedDataParallel(
+            lora_llama(), use_orig_params=True, device_id=cpu
+        ),
+        "tensor parallelism": parallel(tiny_llama()),
+        "tensor parallelism, or fully_shard": by_columns(tiny_llama()),
+    }
+    errors = []
+    for engine, model in refused.items():
+        mask = {"weight": torch.ones(1, dtype=torch.bool)}
+        errors.append((engine, error_of(scored, model, batches)))
+        errors.append((engine, error_of(apply_mask, model, mask)))
+    # Between passes, and after one that leaves the root's parameters complete.
+    fsdp2 = fully_shard(lora_llama())
+    masking = [error_of(apply_mask, fsdp2, mask)]
+    with torch.no_grad():
+        fsdp2(**batches[0])
+    return errors, [*masking, error_of(apply_mask, fsdp2, mask)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_divided_models(count, tmp_path):
+    """Guards parts of parameters that are scored or masked as if they were whole."""
+    batches = batches_of(examples_for(tiny_llama(), 4), 2)
+    for errors, masking in in_processes(count, tmp_path / "a", divided, batches):
+        for engine, (kind, message) in errors:
+            assert kind == "ValueError" and message.startswith(engine)
             assert message.endswith("score and mask the model before it is sharded")
-        assert "FullyShardedDataParallel has divided" in sharded[2][1]
+        for kind, message in masking:
+            assert kind == "ValueError" and message.startswith("fully_shard has divided")
+            assert message.endswith("and mask it before it is sharded")
 
 
 def test_zero_3_is_refused():

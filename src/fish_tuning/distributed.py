@@ -51,21 +51,22 @@ def checksum(values: Iterable[Any], start: int = 0) -> int:
     return start
 
 
-def gather(value: Any, device: torch.device) -> list[Any]:
+def gather(value: Any, device: torch.device, group: Any = None) -> list[Any]:
     """Collects one value from every process, in the order of their ranks.
 
     Args:
         value: This process's value; anything that can be pickled.
         device: Where the model is. NCCL sends from the current device, which is the first one
             unless another has been set.
+        group: A process group of all processes; the default one if None.
 
     Raises:
         RuntimeError: Another process has ended or does not answer.
     """
     values: list[Any] = [None] * dist.get_world_size()
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, _explaining_failure():
-        dist.all_gather_object(values, value)
+    with on_device, explaining_failure():
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -75,13 +76,29 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     Raises:
         RuntimeError: Another process has ended or does not answer.
     """
-    with _explaining_failure():
+    with explaining_failure():
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
+def any_process(value: bool, device: torch.device) -> bool:
+    """Whether the value is true in any process. All processes have to call.
+
+    Args:
+        value: This process's value.
+        device: As in `gather`.
+
+    Raises:
+        RuntimeError: Another process has ended or does not answer.
+    """
+    found = torch.tensor(value, dtype=torch.int32, device=device)
+    with explaining_failure():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
 @contextmanager
-def _explaining_failure() -> Iterator[None]:
+def explaining_failure() -> Iterator[None]:
     """Turns a failed exchange between the processes into an error that says what it means."""
     try:
         yield

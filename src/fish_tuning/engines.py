@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fish_tuning.arguments import check_type
+from fish_tuning.parts import are_rows, is_divided
+from fish_tuning.sharded_model import ShardedModel
 
 
 def check_model(model: object) -> None:
@@ -30,15 +32,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: It is not a model.
-        ValueError: An engine has divided the parameters among the processes, or DeepSpeed has
-            already built its optimizer from them.
+        ValueError: An engine other than `fully_shard` (FSDP2) has divided the parameters among the
+            processes, or DeepSpeed has already built its optimizer from them.
     """
     check_model(model)
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    if (engine := _sharding_engine(model)) is not None:
+    if (engine := _dividing_engine(model)) is not None:
         raise ValueError(
-            f"{engine} has divided the model's parameters among the processes: score and mask the "
-            "model before it is sharded"
+            f"{engine} has divided the model's parameters among the processes: shard it with "
+            "fully_shard (FSDP2), or score and mask the model before it is sharded"
         )
     if _held_by_deepspeed(model):
         raise ValueError(
@@ -54,7 +56,13 @@ def check_maskable(model: nn.Module) -> None:
     Raises:
         ValueError: An engine has wrapped or sharded it.
     """
-    if unwrapped(model) is not model:
+    inner = unwrapped(model)
+    if any(map(is_divided, inner.parameters())) or ShardedModel(inner).parameters:
+        raise ValueError(
+            "fully_shard has divided the model's parameters among the processes: build the model "
+            "again, and mask it before it is sharded"
+        )
+    if inner is not model:
         raise ValueError(
             "DistributedDataParallel knows only the parameters that it found when it wrapped the "
             "model: mask the model first, then wrap it"
@@ -132,16 +140,17 @@ def _held_by_deepspeed(model: nn.Module) -> bool:
     return has_copies or isinstance(model, engine)
 
 
-def _sharding_engine(model: nn.Module) -> str | None:
+def _dividing_engine(model: nn.Module) -> str | None:
+    """The engine that has divided the parameters, if it is not `fully_shard`."""
     parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return "DeepSpeed ZeRO-3"
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.tensor import DTensor
 
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             return "FullyShardedDataParallel"
-        if any(isinstance(parameter, DTensor) for parameter in parameters):
-            return "fully_shard or tensor parallelism"
+        by_rows = {id(p) for p in ShardedModel(model).parameters if are_rows(p)}
+        if any(is_divided(p) and id(p) not in by_rows for p in parameters):
+            return "tensor parallelism, or fully_shard along another dimension than the first,"
     return None

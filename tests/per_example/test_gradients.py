@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fish_tuning import apply_mask, calculate_fisher_information
 from fish_tuning.per_example import accumulate
+from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.gradients import PerExampleGradients
-from fish_tuning.per_example.sources import OnePassError
 from fish_tuning.per_example.sums import GradientSums
 
 B, T, D, V = 6, 5, 8, 13

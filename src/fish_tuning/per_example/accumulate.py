@@ -73,18 +73,20 @@ def _accumulate_lookups(
     check: TotalsCheck | None,
 ) -> None:
     """Adds an embedding's gradients: only the rows that an example looks up have one."""
-    total = sums.totals[name]
+    total, part = sums.totals[name], sums.parts[name]
     pairs = [
         embedding_rows(call.module, call.x[first:], call.g[first:].to(total.dtype))
         for call in calls
     ]
     ids = torch.cat([ids for ids, _ in pairs], 1)
     g = torch.cat([g for _, g in pairs], 1).flatten(0, 1)
+    example = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids).flatten()
+    ids, here = part.positions(ids.flatten())
+    example, g = example[here], g[here]
     # An example may look up a row several times: its gradients are added before they are squared.
     vocabulary = len(total)
-    keys = ids + vocabulary * torch.arange(len(ids), device=ids.device).unsqueeze(1)
-    looked_up, position = keys.flatten().unique(return_inverse=True)
+    looked_up, position = (ids + vocabulary * example).unique(return_inverse=True)
     gradients = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, position, g)
     if check is not None:
-        check.add_rows(name, ids.flatten(), g)
+        check.add_rows(name, ids, g)
     sums.add_rows(name, looked_up % vocabulary, gradients)

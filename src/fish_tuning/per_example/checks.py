@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.per_example.sources import Bundle, Call, OnePassError, Sources
-from fish_tuning.per_example.sums import GradientSums, zeros
+from fish_tuning.parts import totals
+from fish_tuning.per_example.errors import OnePassError
+from fish_tuning.per_example.sources import Bundle, Call, Sources
+from fish_tuning.per_example.sums import GradientSums
 
 
 def input_of(
@@ -80,58 +82,80 @@ class TotalsCheck:
 
     def __init__(self, sums: GradientSums) -> None:
         self._sums = sums
-        self._totals = {name: zeros(parameter) for name, parameter in sums.parameters.items()}
+        self._totals = {name: torch.zeros_like(total) for name, total in sums.totals.items()}
         self._rounding: dict[str, Tensor] = {}
         self._eps: dict[str, float] = {}
 
     def note_calls(self, bundle: Bundle, calls: Sequence[Call]) -> None:
         """Notes how large rounding errors may be: they scale with the norms of both factors."""
-        # float32 parameters may have been used in half precision, under autocast.
-        dtypes = [self._sums.parameters[bundle[0]].dtype, *(call.autocast for call in calls)]
+        # float32 parameters may have been used in half precision: under autocast, or where
+        # fully_shard has a policy for it, which shows in the gradients.
+        dtypes = [
+            self._sums.parameters[bundle[0]].dtype,
+            *(call.autocast for call in calls),
+            *(call.g.dtype for call in calls),
+        ]
         self._eps |= dict.fromkeys(bundle, max(torch.finfo(d).eps for d in dtypes if d is not None))
         like = self._sums.totals[bundle[0]]
         size = sum((_rounding(call, like) for call in calls), start=like.new_zeros(()))
         self._rounding |= dict.fromkeys(bundle, size)
 
     def add(self, name: str, gradients: Tensor) -> None:
-        """Adds gradients of some examples, (b, *shape)."""
+        """Adds gradients of some examples, (b, *shape of the rows)."""
         self._totals[name] += gradients.sum(0)
 
     def add_rows(self, name: str, rows: Tensor, gradients: Tensor) -> None:
-        """Adds gradients (n, d) of single rows (n,) of a matrix."""
+        """Adds gradients (n, d) of some rows (n,) of a matrix, as `GradientSums.add_rows`."""
         self._totals[name].index_add_(0, rows, gradients)
 
     @torch.no_grad()
-    def compare(self, sources: Sources, gradients: Sequence[Tensor | None]) -> None:
-        """Compares with the gradients of the batch, in the order of the parameters."""
-        excess = {}
-        for (name, parameter), gradient in zip(
-            self._sums.parameters.items(), gradients, strict=True
-        ):
-            gradient = torch.zeros_like(parameter) if gradient is None else gradient
-            difference = (self._totals[name] - gradient).norm()
-            excess[name] = difference - self._allowed(name, parameter, gradient)
+    def compare(self, sources: Sources, gradients: Mapping[str, Tensor]) -> None:
+        """Compares with the gradients of the batch, by name; those left out are 0.
+
+        Where parameters are divided among processes, all have to call; all find the same.
+        """
+        names = list(self._totals)
+        norms = [self._norms(name, gradients.get(name)) for name in names]
         # Read together: on an accelerator, each read waits for the device.
-        device = next(iter(self._sums.totals.values())).device
-        together = torch.stack([beyond.to(device, torch.float32) for beyond in excess.values()])
-        wrong = [
-            name for name, beyond in zip(excess, together.tolist(), strict=True) if not beyond <= 0
-        ]
+        device = norms[0].device
+        together = torch.stack([each.to(device, torch.float32) for each in norms])
+        different, scale, added, rounding = together.cpu().double().unbind(1)
+        # Norms of rows give the norm of the tensor once their powers are added up.
+        power = self._sums.power
+        squares = torch.stack([different**2, scale**2, added**power], 1)
+        squares = totals([self._sums.parts[name] for name in names], squares)
+        # Gradients may cancel between examples, so the norm over single examples counts too. They
+        # may also cancel between tokens, down to rounding errors of the factors (the bias of a key
+        # in attention).
+        scale = squares[:, 1].sqrt() + squares[:, 2] ** (1 / power)
+        eps = torch.tensor([self._eps_of(name) for name in names], dtype=torch.float64)
+        allowed = (8 * eps).clamp(min=1e-3) * scale + 16 * eps * rounding
+        right = (squares[:, 0].sqrt() <= allowed).tolist()
+        wrong = [name for name, is_right in zip(names, right, strict=True) if not is_right]
         if wrong:
             raise OnePassError(
                 f"the gradient of {wrong[0]} is not the one its module's inputs give",
                 sources.modules_of(wrong),
             )
 
-    def _allowed(self, name: str, parameter: Tensor, gradient: Tensor) -> Tensor:
-        eps = self._eps.get(name, torch.finfo(parameter.dtype).eps)
-        # Gradients may cancel between examples, so the norm over single examples counts too. They
-        # may also cancel between tokens, down to rounding errors of the factors (the bias of a key
-        # in attention).
-        scale = gradient.norm() + self._sums.norm(name)
-        rounding = self._rounding.get(name, torch.zeros_like(scale))
-        allowed: Tensor = max(1e-3, 8 * eps) * scale + 16 * eps * rounding
-        return allowed
+    def _norms(self, name: str, gradient: Tensor | None) -> Tensor:
+        """Norms of this process's rows: of the difference, the gradient and all examples'.
+
+        The fourth number is the size of rounding errors.
+        """
+        total = self._totals[name]
+        gradient = torch.zeros_like(total) if gradient is None else gradient
+        examples = self._sums.totals[name].sum() ** (1 / self._sums.power)
+        rounding = self._rounding.get(name, torch.zeros_like(examples))
+        return torch.stack(
+            [
+                norm.to(total.dtype)
+                for norm in ((total - gradient).norm(), gradient.norm(), examples, rounding)
+            ]
+        )
+
+    def _eps_of(self, name: str) -> float:
+        return self._eps.get(name, torch.finfo(self._sums.parameters[name].dtype).eps)
 
 
 def _rounding(call: Call, like: Tensor) -> Tensor:

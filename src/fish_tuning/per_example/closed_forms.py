@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-ClosedForm = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(module, its input, the gradient of its output) -> gradients, (b, *shape of the parameter)."""
+from fish_tuning.parts import Part
+
+ClosedForm = Callable[[nn.Module, Tensor, Tensor, Part], Tensor]
+"""(module, its input, the gradient of its output, the parameter's rows that are wanted) ->
+gradients, (b, *shape of these rows)."""
 
 
 def closed_form_of(module: nn.Module, attribute: str) -> ClosedForm | None:
@@ -36,26 +39,26 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _linear_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+def _linear_weight(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = x W^T`: (b, t, i), (b, t, o) -> (b, o, i)."""
-    return torch.bmm(_tokens(g).transpose(1, 2), _tokens(x))
+    return torch.bmm(part.take(_tokens(g), 2).transpose(1, 2), _tokens(x))
 
 
-def _conv1d_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+def _conv1d_weight(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = x W`, the transposed linear layer of GPT-2: (b, t, i), (b, t, o) -> (b, i, o)."""
-    return _linear_weight(module, g, x)
+    return _linear_weight(module, g, x, part)
 
 
-def _bias(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+def _bias(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = ... + b`: (b, t, o) -> (b, o)."""
-    return _tokens(g).sum(1)
+    return part.take(_tokens(g), 2).sum(1)
 
 
-def embedding_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
+def embedding_weight(module: Any, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = W[x]`: (b, t), (b, t, d) -> (b, vocabulary, d)."""
     ids, g = embedding_rows(module, x, g)
     gradients = g.new_zeros(len(g), module.weight.shape[0], g.shape[-1])
-    return gradients.scatter_add_(1, ids.unsqueeze(-1).expand_as(g), g)
+    return part.take(gradients.scatter_add_(1, ids.unsqueeze(-1).expand_as(g), g), 1)
 
 
 def embedding_rows(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,21 +69,21 @@ def embedding_rows(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return ids, g
 
 
-def _layer_norm_weight(module: Any, x: Tensor, g: Tensor) -> Tensor:
+def _layer_norm_weight(module: Any, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = w * normalized(x) + b` over the last axis: (b, t, d), (b, t, d) -> (b, d)."""
-    return _tokens(F.layer_norm(x, x.shape[-1:], eps=module.eps) * g).sum(1)
+    return part.take(_tokens(F.layer_norm(x, x.shape[-1:], eps=module.eps) * g), 2).sum(1)
 
 
-def _rms_norm_weight(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+def _rms_norm_weight(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = w * n(x)` or `(1 + w) * n(x)`, where n is the norm: (b, t, d), (b, t, d) -> (b, d).
 
     The module itself computes n(x), because some modules round to float32 on the way.
     """
-    like = module.get_parameter("weight").to(x.dtype)
+    shape = module.get_parameter("weight").shape
     at_one, at_zero = (
-        functional_call(module, {"weight": torch.full_like(like, value)}, x) for value in (1, 0)
+        functional_call(module, {"weight": x.new_full(shape, value)}, x) for value in (1, 0)
     )
-    return _tokens((at_one - at_zero) * g).sum(1)
+    return part.take(_tokens((at_one - at_zero) * g), 2).sum(1)
 
 
 # By forward function rather than by class: a subclass that computes something else has its own

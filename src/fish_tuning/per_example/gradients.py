@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fish_tuning.distributed import any_process
 from fish_tuning.engines import autocast_dtype
 from fish_tuning.per_example.accumulate import accumulate
 from fish_tuning.per_example.checks import (
@@ -23,10 +24,11 @@ from fish_tuning.per_example.checks import (
     check_shared_rows,
     input_of,
 )
+from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.kept import Kept
 from fish_tuning.per_example.memory import is_out_of_memory
 from fish_tuning.per_example.prompts import one_prompt, prompted_models
-from fish_tuning.per_example.sources import Bundle, Call, OnePassError, Sources
+from fish_tuning.per_example.sources import Bundle, Call, Sources
 from fish_tuning.per_example.sums import GradientSums, Progress
 
 
@@ -44,6 +46,7 @@ class _Recording:
         arrived: By bundle, the calls that backward has reached.
         collecting: Whether a backward pass is running whose gradients are wanted.
         last: Whether no other backward pass follows.
+        error: What went wrong in a hook that had to let the backward pass go on.
         forward_over: Whether the forward pass is over. Modules that are called later are parts of
             layers with gradient checkpointing, which run again.
     """
@@ -55,6 +58,7 @@ class _Recording:
         self.expected: Counter[Bundle] = Counter()
         self.arrived: dict[Bundle, list[Call]] = defaultdict(list)
         self.collecting, self.last, self.forward_over = False, False, False
+        self.error: Exception | None = None
 
 
 class PerExampleGradients:
@@ -73,7 +77,7 @@ class PerExampleGradients:
 
     def __init__(self, model: nn.Module, sums: GradientSums) -> None:
         self._sums, self._prompted = sums, prompted_models(model)
-        self._sources = Sources(model, sums.parameters)
+        self._sources = Sources(model, sums)
         self._recording = _Recording(0, Progress())
         self._check: TotalsCheck | None = None
         self._checked, self._shared_checked, self._roots_suffice = False, False, False
@@ -129,6 +133,8 @@ class PerExampleGradients:
         try:
             with self._hooked(self._on_forward), one_prompt(self._prompted):
                 yield
+            if recording.error is not None:
+                raise recording.error
         except Exception as error:
             known = isinstance(error, OnePassError) or is_out_of_memory(error)
             if known or not recording.shared:
@@ -163,21 +169,17 @@ class PerExampleGradients:
         if self._checked:
             # Backward to the outputs nearest to the input passes through all others, and computes
             # no gradient of a weight.
-            targets = recording.roots if self._roots_suffice else self._parameters
-            self._backward(total, targets, retain_graph)
+            self._backward(total, retain_graph, recording.roots if self._roots_suffice else None)
         else:
             self._checked_backward(total, retain_graph)
         recording.loss += 1
 
-    @property
-    def _parameters(self) -> list[nn.Parameter]:
-        return [*self._sums.parameters.values()]
-
     def _checked_backward(self, total: Tensor, retain_graph: bool) -> None:
-        self._roots_suffice = _leaves(total) <= {id(parameter) for parameter in self._parameters}
+        self._roots_suffice = _leaves(total) <= {id(leaf) for leaf in self._sums.leaves}
         try:
             self._check = TotalsCheck(self._sums)
-            gradients = self._backward(total, self._parameters, retain_graph)
+            gradients = self._backward(total, retain_graph)
+            self._raise_together()
             self._check.compare(self._sources, gradients)
         except Exception:
             # The sums were 0 before. Another attempt starts over, so that it is checked in full.
@@ -188,19 +190,44 @@ class PerExampleGradients:
             self._check = None
         self._checked = True
 
+    def _raise_together(self) -> None:
+        """Raises in all processes if a hook failed in one of them."""
+        if not self._sums.divided:
+            return
+        error = self._recording.error
+        device = next(iter(self._sums.totals.values())).device
+        if any_process(error is not None, device):
+            raise error or torch.OutOfMemoryError("memory ran out in another process")
+
     @torch.no_grad()
     def _backward(
-        self, total: Tensor, targets: Sequence[Tensor] | Sequence[GradientEdge], retain_graph: bool
-    ) -> tuple[Tensor | None, ...]:
-        """Autograd's gradients of the targets; the hooks add the per-example ones meanwhile."""
+        self, total: Tensor, retain_graph: bool, roots: Sequence[GradientEdge] | None = None
+    ) -> dict[str, Tensor]:
+        """Runs a backward pass; the hooks add the per-example gradients meanwhile.
+
+        Args:
+            total: The loss of the batch.
+            retain_graph: Whether another backward pass follows.
+            roots: Where the pass ends; by default at the parameters.
+
+        Returns:
+            Autograd's gradients of the parameters, if the pass ends there.
+        """
         recording = self._recording
         recording.collecting, recording.last = True, not retain_graph
+        gradients: dict[str, Tensor] = {}
         with torch.autocast(total.device.type, enabled=False):
-            gradients = torch.autograd.grad(
-                total, targets, retain_graph=retain_graph, allow_unused=True
-            )
+            if roots is None:
+                gradients = self._sums.gradients(total, retain_graph=retain_graph)
+            else:
+                torch.autograd.grad(total, roots, retain_graph=retain_graph, allow_unused=True)
             # Bundles that were also used in calls on which the loss does not depend.
             for bundle in [bundle for bundle, calls in recording.arrived.items() if calls]:
+                if self._sums.divided:
+                    raise OnePassError(
+                        f"{bundle[0]} has a call on which the loss does not depend, and its "
+                        "modules hold only a part of their parameters by now"
+                    )
                 self._accumulate(bundle)
         recording.collecting = False
         return gradients
@@ -260,10 +287,19 @@ class PerExampleGradients:
     def _accumulate(self, bundle: Bundle) -> None:
         recording = self._recording
         calls = recording.arrived.pop(bundle)
-        if self._check is not None:
-            self._check.note_calls(bundle, calls)
-        done = recording.progress.of_loss(recording.loss)
-        accumulate(self._sums, self._sources, bundle, calls, done, self._check)
+        if recording.error is not None:
+            return
+        try:
+            if self._check is not None:
+                self._check.note_calls(bundle, calls)
+            done = recording.progress.of_loss(recording.loss)
+            accumulate(self._sums, self._sources, bundle, calls, done, self._check)
+        except Exception as error:
+            if not self._sums.divided:
+                raise
+            # Others may have had no error. They would wait forever for this process's part of the
+            # exchanges that the rest of the backward pass makes.
+            recording.error = error.with_traceback(None)
 
 
 def _leads_to(x: Tensor, output: Tensor) -> bool:

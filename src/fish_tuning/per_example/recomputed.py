@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from fish_tuning.parts import is_divided
+from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -72,19 +74,31 @@ class Recomputed:
             single = [self._of_one(*row) for row in zip(x, g, strict=True)]
         return {name: torch.stack([found[name] for found in single]) for name in self.local_names}
 
-    def _of_all(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    def _values(self) -> dict[str, Tensor]:
+        """The parameters by their names in the model, apart from the graph of the batch."""
         values = {
             name: self._module.get_parameter(local_name).detach()
             for name, local_name in self.local_names.items()
         }
+        if any(map(is_divided, values.values())):
+            raise OnePassError(
+                f"{next(iter(values))} is used in modules that fully_shard completes at different "
+                "times"
+            )
+        return values
+
+    def _forward(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        local = {self.local_names[name]: value for name, value in values.items()}
+        y: Tensor = functional_call(self._module, local, (x.unsqueeze(0),))
+        return y
+
+    def _of_all(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        values = self._values()
 
         def of_one(x: Tensor, g: Tensor) -> dict[str, Tensor]:
-            def forward(values: dict[str, Tensor]) -> Tensor:
-                local = {self.local_names[name]: value for name, value in values.items()}
-                y: Tensor = functional_call(self._module, local, (x.unsqueeze(0),))
-                return y
-
-            found: dict[str, Tensor] = vjp(forward, values)[1](g.unsqueeze(0))[0]
+            found: dict[str, Tensor] = vjp(lambda v: self._forward(v, x), values)[1](
+                g.unsqueeze(0)
+            )[0]
             return found
 
         with warnings.catch_warnings():
@@ -94,14 +108,12 @@ class Recomputed:
         return gradients
 
     def _of_one(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        parameters = {
-            name: self._module.get_parameter(local_name)
-            for name, local_name in self.local_names.items()
-        }
+        # Leaves of their own: hooks on the parameters are for the gradients of the batch.
+        values = {name: value.requires_grad_() for name, value in self._values().items()}
         with torch.enable_grad():
-            y = self._module(x.unsqueeze(0))
-        found = torch.autograd.grad(y, [*parameters.values()], g.unsqueeze(0), allow_unused=True)
+            y = self._forward(values, x)
+        found = torch.autograd.grad(y, [*values.values()], g.unsqueeze(0), allow_unused=True)
         return {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+            name: torch.zeros_like(value) if gradient is None else gradient
+            for (name, value), gradient in zip(values.items(), found, strict=True)
         }

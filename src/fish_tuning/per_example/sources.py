@@ -1,7 +1,7 @@
 """Which modules give the per-example gradients of each parameter, and how."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,21 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fish_tuning.per_example.closed_forms import ClosedForm, closed_form_of, embedding_weight
+from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.recomputed import Recomputed
-
-
-class OnePassError(Exception):
-    """One backward pass cannot give this model's per-example gradients; the message says why.
-
-    Args:
-        message: Which parameter, and why.
-        modules: The modules whose gradients are missing or wrong.
-    """
-
-    def __init__(self, message: str, modules: Iterable[nn.Module] = ()) -> None:
-        super().__init__(message)
-        self.modules = list(modules)
-
+from fish_tuning.per_example.sums import GradientSums
 
 Bundle = tuple[str, ...]
 """Names of parameters whose gradients come from the same modules and are computed together."""
@@ -54,7 +42,7 @@ class Sources:
 
     Args:
         model: The model.
-        parameters: Parameters of the model, by name.
+        sums: Sums of the gradients of some of its parameters.
 
     Attributes:
         bundles: The bundles whose gradients each module gives.
@@ -67,8 +55,8 @@ class Sources:
         OnePassError: A parameter belongs to a module that is never called.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._model, self._parameters = model, parameters
+    def __init__(self, model: nn.Module, sums: GradientSums) -> None:
+        self._model, self._sums, self._parameters = model, sums, sums.parameters
         self._adapter_layers: dict[nn.Module, list[nn.Module]] = defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
@@ -122,7 +110,8 @@ class Sources:
             dtype: The dtype of the gradients.
 
         Yields:
-            Names and gradients, (rows, *shape of the parameter). They may be overwritten.
+            Names and gradients, (rows, *shape of the parameter's rows in the sums). They may be
+            overwritten.
         """
         x, g = call.x[rows], call.g[rows]
         if (recomputed := self.recomputed.get(call.module)) is not None:
@@ -134,15 +123,19 @@ class Sources:
             for name in bundle:
                 if name in found:
                     # A copy: these may be views of g, or one row expanded to all examples.
-                    yield name, torch.empty_like(found[name], dtype=dtype).copy_(found[name])
+                    gradients = self._sums.parts[name].take(found[name], 1)
+                    yield name, torch.empty_like(gradients, dtype=dtype).copy_(gradients)
             return
         x = x.to(dtype) if x.is_floating_point() else x
         g = g.to(dtype)
         forms = self._closed_forms[call.module]
-        yield from ((name, forms[name](call.module, x, g)) for name in bundle if name in forms)
+        for name in bundle:
+            if name in forms:
+                yield name, forms[name](call.module, x, g, self._sums.parts[name])
 
     def _assign(self) -> None:
         """Finds for each parameter a closed form or a module to recompute."""
+        self._sums.settle()  # Modules have to hold the parameters that the sums know.
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         chosen = self._to_recompute
         inner = {part for module in chosen for part in module.modules() if part is not module}
@@ -191,9 +184,9 @@ class Sources:
                 self.bundles[module].append(bundle)
             if all(self._form(module, bundle[0]) is embedding_weight for module in modules):
                 self.lookups.add(bundle)
-            own = sum(self._parameters[name].numel() for name in bundle)
+            own = sum(self._sums.totals[name].numel() for name in bundle)
             again = [self.recomputed[module] for module in modules if module in self.recomputed]
-            self.entries[bundle] = max([own, *(recomputed.entries for recomputed in again)])
+            self.entries[bundle] = max([1, own, *(recomputed.entries for recomputed in again)])
 
     def _form(self, module: nn.Module, name: str) -> ClosedForm | None:
         return self._closed_forms.get(module, {}).get(name)

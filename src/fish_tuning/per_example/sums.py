@@ -2,37 +2,93 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from fish_tuning.parts import Part
+from fish_tuning.sharded_model import ShardedModel
 
 
 class GradientSums:
     """sum_i |g_i|^power over the gradients g_i of single examples, entry by entry.
 
+    If `fully_shard` has divided a parameter among processes, each of them adds up the rows that it
+    holds. So the memory for sums and for gradients falls with the number of processes.
+
     Args:
         parameters: The parameters by name.
         power: 2 for Fisher information (arXiv 2504.04050, equation 3), 1 for magnitudes.
+        model: The model that they belong to; needed if they may be divided.
 
     Attributes:
-        totals: The sums by name: shape and device of the parameter, in `precision(parameter)`.
+        parts: The rows of each parameter that this process adds up: all, if it is not divided.
+        totals: The sums by name: shape and device of these rows, in `precision(parameter)`.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], power: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        power: int,
+        model: ShardedModel | None = None,
+    ) -> None:
         self.parameters, self.power = dict(parameters), power
-        self.totals = {name: zeros(parameter) for name, parameter in parameters.items()}
+        self._model = model
+        self.parts = {name: Part(parameter) for name, parameter in parameters.items()}
+        self.totals = {name: zeros(part.local) for name, part in self.parts.items()}
+
+    @property
+    def divided(self) -> bool:
+        """Whether a parameter is divided among processes."""
+        return self._model is not None and bool(self._model.parameters)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors for which autograd has the gradients of the parameters."""
+        parameters: list[Tensor] = list(self.parameters.values())
+        return parameters if self._model is None else self._model.leaves(parameters)
+
+    def settle(self) -> None:
+        """Has the modules hold the parameters again, after a pass of a divided model."""
+        if self._model is not None:
+            self._model.settle()
+
+    def gradients(self, loss: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
+        """Autograd's gradients of a loss, by name: the rows that belong to the sums.
+
+        A parameter on which the loss does not depend is left out.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, gradient: Tensor) -> Tensor:
+            # A copy: of a divided parameter, the rest need not stay; and if the model adds two
+            # parameters, autograd has one tensor for both.
+            found[name] = self.parts[name].take(gradient).clone()
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        leaves = self.leaves
+        hooks = [
+            leaf.register_hook(partial(keep, name))
+            for name, leaf in zip(self.parameters, leaves, strict=True)
+        ]
+        try:
+            torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     def add(self, name: str, gradients: Tensor) -> None:
-        """Adds the gradients of some examples, (b, *shape), and overwrites them."""
+        """Adds the gradients of some examples, (b, *shape of the rows), and overwrites them."""
         self.totals[name] += self._powers(gradients).sum(0)
 
     def add_rows(self, name: str, rows: Tensor, gradients: Tensor) -> None:
-        """Adds gradients (n, d) of single rows (n,) of a matrix, and overwrites them."""
-        self.totals[name].index_add_(0, rows, self._powers(gradients))
+        """Adds gradients (n, d) of some rows (n,) of a matrix, and overwrites them.
 
-    def norm(self, name: str) -> Tensor:
-        """The norm of all gradients added so far, as a scalar."""
-        return self.totals[name].sum() ** (1 / self.power)
+        The rows count from the first one that this process adds up.
+        """
+        self.totals[name].index_add_(0, rows, self._powers(gradients))
 
     def reset(self) -> None:
         """Sets all sums to zero."""

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.arguments import check_integer
-from fish_tuning.engines import check_in_memory
+from fish_tuning.engines import check_in_memory, device_of
+from fish_tuning.parts import is_divided
 from fish_tuning.per_example.sums import GradientSums
 from fish_tuning.scoring.evaluating import evaluating
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
@@ -19,6 +20,7 @@ from fish_tuning.scoring.objective import Objective
 from fish_tuning.scoring.processes import Processes
 from fish_tuning.scoring.quantized import keep_differentiable
 from fish_tuning.scoring.scorers import BatchScorer
+from fish_tuning.sharded_model import ShardedModel
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def mean_over_examples(
         progress: Whether to show a progress bar.
 
     Returns:
-        The means by parameter name, and the number of examples N.
+        The means by parameter name, divided as the parameters are, and the number of examples N.
 
     Raises:
         ValueError: `num_samples` is out of range, there is no example or no label, or the
@@ -62,8 +64,14 @@ def mean_over_examples(
     if device is not None:
         _check_device(device)
         model.to(device)
-    sums = GradientSums(parameters, objective.power)
-    processes = Processes(parameters, dividing=not objective.one_at_a_time)
+    sharded = ShardedModel(model)
+    sums = GradientSums(parameters, objective.power, sharded)
+    processes = Processes(
+        {name: p for name, p in parameters.items() if not is_divided(p)},
+        device_of(model),
+        dividing=not objective.one_at_a_time,
+        together=sums.divided,
+    )
     hidden = not progress or processes.rank > 0
     bar = tqdm(total=num_samples, desc="Fisher", unit="example", disable=hidden)
     scorer: BatchScorer | None = None
@@ -71,7 +79,8 @@ def mean_over_examples(
     on_cpu = next(iter(parameters.values())).device.type == "cpu"
     unpack = Unpacker(objective.forward)
     keep_differentiable(model)
-    with evaluating(model), processes.sharing(calibration_dataloader) as batches, bar:
+    sharing = processes.sharing(calibration_dataloader)
+    with sharded.scoring(), evaluating(model), sharing as batches, bar:
         for own, batch in batches:
             batch = objective.read(batch)
             if batch_size(batch) == 0:
@@ -80,7 +89,7 @@ def mean_over_examples(
             batch = _first(objective.forward.on_device(batch), num_samples, count)
             numbers = range(count, count + batch_size(batch))
             if scorer is None and objective.has_label(batch):
-                scorer = BatchScorer(objective, sums, batch, numbers)
+                scorer = BatchScorer(objective, sums, batch, numbers, processes.agreed)
             if scorer is not None and own:
                 for part, of_part in _parts(batch, numbers, objective, on_cpu, most_tokens):
                     scorer.add(part, of_part)
@@ -94,7 +103,8 @@ def mean_over_examples(
     processes.add(sums.totals.values())
     if num_samples is not None and count < num_samples:
         logger.warning("num_samples=%d, but there were only %d examples", num_samples, count)
-    return {name: total.div_(count) for name, total in sums.totals.items()}, count
+    means = {name: total.div_(count) for name, total in sums.totals.items()}
+    return {name: sums.parts[name].divided(mean) for name, mean in means.items()}, count
 
 
 def _check_number(num_samples: int | None) -> None:
@@ -122,7 +132,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: There are none, or some are offloaded.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sharded = ShardedModel(model)
+    sharded.settle()
+    parameters = {
+        sharded.name_of(name): p for name, p in model.named_parameters() if p.requires_grad
+    }
     if not parameters:
         raise ValueError(
             "the model has no trainable parameter: add an adapter, or set requires_grad on what "

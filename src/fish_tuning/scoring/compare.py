@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fish_tuning.arguments import check_scores
 from fish_tuning.names import kind_of, layer_path
+from fish_tuning.parts import whole
 from fish_tuning.selection.ranking import highest
 
 ALL = "all"
@@ -92,7 +93,7 @@ def _agreement(
 ) -> tuple[int, float, float]:
     """Number of entries, overlap of the best of them, and rank correlation."""
     a, b = (
-        torch.cat([scores[name].detach().reshape(-1).cpu().double() for name in names])
+        torch.cat([whole(scores[name]).detach().reshape(-1).cpu().double() for name in names])
         for scores in (first, second)
     )
     k = max(1, round(keep_ratio * a.numel()))

@@ -13,6 +13,7 @@ from fish_tuning.arguments import check_choice, check_integer, check_type
 from fish_tuning.config import Estimator, Statistic, TokenReduction
 from fish_tuning.engines import unwrapped
 from fish_tuning.names import opposite_side, side_of
+from fish_tuning.parts import Part, totals
 from fish_tuning.scoring.calibration import mean_over_examples, trainable_parameters
 from fish_tuning.scoring.inputs.batches import Batch
 from fish_tuning.scoring.inputs.forward import Forward
@@ -72,7 +73,8 @@ def calculate_fisher_information(
     With several processes in torch.distributed, all of them call this function, with the same
     model and the same calibration set. Each scores a part of the batches, and all return the
     scores of the whole set. A loader that accelerate or a `DistributedSampler` has divided is read
-    undivided, so no example is repeated or dropped.
+    undivided, so no example is repeated or dropped. If `fully_shard` (FSDP2) has divided the model,
+    each process scores all batches, but only the rows of the parameters that it holds.
 
     Args:
         model: Any transformers or PEFT model, or an `nn.Module` whose output is the logits or has
@@ -101,15 +103,16 @@ def calculate_fisher_information(
 
     Returns:
         The scores by parameter name, as in `model.named_parameters()`. A score tensor has the
-        shape and device of its parameter, in float32 (float64 for float64 parameters). Their
-        provenance says how they were made.
+        shape and device of its parameter, in float32 (float64 for float64 parameters). It is
+        divided among processes as its parameter is. Their provenance says how they were made.
 
     Raises:
         TypeError: An argument has the wrong type, such as a model's name for the model.
         ValueError: Nothing is trainable, there is no example, labels are missing or do not fit,
             a loss is not finite, or an argument is out of range; rows hold several examples that
-            cannot be told apart or that see each other; the parameters are sharded or
-            offloaded, or the processes have different models or batches.
+            cannot be told apart or that see each other; the parameters are offloaded or divided
+            by an engine other than `fully_shard`, or the processes have different models or
+            batches.
         RuntimeError: Another process failed.
         torch.OutOfMemoryError: A single example does not fit in memory.
 
@@ -206,7 +209,7 @@ def score_with_perturbed_b(
     power = 1 if options.get("statistic") == "absolute" else 2
     for name in zero_sides:
         if (opposite := opposite_side(name)) in scores:
-            scores[opposite] /= std**power
+            Part(scores[opposite]).local.div_(std**power)
     scores.provenance |= {"scoring_point": "perturbed", "std": std}
     return scores
 
@@ -222,30 +225,36 @@ def _zero_sides_perturbed(model: nn.Module, std: float, seed: int) -> Iterator[l
     check_integer("seed", seed)
     if not std > 0:
         raise ValueError(f"std={std}: must be above 0")
-    zero_sides = {
-        name: parameter
-        for name, parameter in trainable_parameters(model).items()
-        if side_of(name) and not parameter.any()
-    }
+    parameters = trainable_parameters(model)
+    sides = {name: parameter for name, parameter in parameters.items() if side_of(name)}
+    zero_sides = {name: Part(sides[name]) for name in _all_zero(sides)}
     # Drawn on the CPU, so that a seed gives the same numbers on every device.
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            for parameter in zero_sides.values():
-                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+            for name, part in zero_sides.items():
+                drawn = std * torch.randn(sides[name].shape, generator=generator)
+                part.local.copy_(part.take(drawn))
         yield list(zero_sides)
     finally:
         with torch.no_grad():
-            for parameter in zero_sides.values():
-                parameter.zero_()
+            for part in zero_sides.values():
+                part.local.zero_()
+
+
+def _all_zero(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that are 0, in all processes."""
+    parts = [Part(tensor) for tensor in tensors.values()]
+    found = totals(parts, torch.tensor([int(part.local.any()) for part in parts]))
+    return [name for name, nonzero in zip(tensors, found.tolist(), strict=True) if not nonzero]
 
 
 def _report_zeros(scores: Mapping[str, Tensor]) -> None:
-    zeros = [name for name, score in scores.items() if not score.any()]
+    zeros = _all_zero(scores)
     if not zeros:
         return
     if len(zeros) == len(scores):
-        raise ZeroScoresError(_all_zero(scores))
+        raise ZeroScoresError(_why_zero(scores))
     logger.warning(
         "All scores are 0 for %d of %d tensors: %s. No gradient of the loss reached them. The "
         "usual reason is LoRA's start: while B = 0, the gradient of A is 0. In that case score "
@@ -257,7 +266,7 @@ def _report_zeros(scores: Mapping[str, Tensor]) -> None:
     )
 
 
-def _all_zero(scores: Mapping[str, Tensor]) -> str:
+def _why_zero(scores: Mapping[str, Tensor]) -> str:
     sides = {side_of(name) for name in scores}
     if len(sides) == 1 and "" not in sides:
         return (

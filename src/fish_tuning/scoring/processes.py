@@ -1,12 +1,14 @@
 """Several processes that score one calibration set together."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -19,6 +21,12 @@ from fish_tuning.distributed import (
 )
 from fish_tuning.scoring.inputs.batches import Batch
 
+PATIENCE = timedelta(seconds=40)
+"""How long a process waits for others that should be where it is."""
+
+_END = object()
+"""In the place of a batch, after the last one."""
+
 
 class Processes:
     """Divides the batches of a calibration set among the processes, and adds up their sums.
@@ -27,16 +35,31 @@ class Processes:
     number of every example and all recognize the same loss; only the scoring is divided. Without
     torch.distributed there is one process, and nothing is exchanged.
 
+    If `fully_shard` has divided the model, every pass through it is one that all processes make
+    together. Then every process scores every batch, and they agree on what happens next.
+
     Args:
-        parameters: The scored parameters by name; they have to be equal in all processes.
+        parameters: The scored parameters by name that every process holds as a whole; they have to
+            be equal in all processes.
+        device: Where the model is.
         dividing: Whether the scoring is divided. Otherwise every process scores every batch.
+        together: Whether all processes have to pass through the model together.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, dividing: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+        *,
+        dividing: bool = True,
+        together: bool = False,
+    ) -> None:
         self.rank, self.size = world()
-        self._dividing = dividing
-        self._parameters = parameters
+        self._parameters, self._device = parameters, device
+        self._dividing, self._together = dividing and not together, together and self.size > 1
         self._seen = 0
+        self._group: Any = None
+        self._told = False
 
     @contextmanager
     def sharing(self, loader: Iterable[Batch]) -> Iterator[Iterator[tuple[bool, Batch]]]:
@@ -55,28 +78,53 @@ class Processes:
             yield ((True, batch) for batch in loader)
             return
         self._start_alike()
-        try:
-            with _undivided(loader) as undivided:
-                yield self._shares(undivided)
-        except Exception as error:
-            with suppress(RuntimeError):  # Others may have ended; the cause is this error.
-                self._gather((f"{type(error).__name__}: {error}", self._seen))
-            raise
-        reports = self._gather((None, self._seen))
-        for rank, (failure, _) in enumerate(reports):
-            if failure is not None:
-                raise RuntimeError(f"scoring failed in process {rank}: {failure}")
-        if any(seen != self._seen for _, seen in reports):
-            raise ValueError(
-                "the processes were given different calibration batches: give each of them the "
-                "whole calibration set in the same order; scoring divides it among them (a loader "
-                "that accelerate or a DistributedSampler has divided is read undivided)"
-            )
+        with self._with_own_group():
+            try:
+                with _undivided(loader) as undivided:
+                    yield self._shares(undivided)
+            except Exception as error:
+                if not self._told:
+                    with suppress(RuntimeError):  # Others may have ended; the cause is this error.
+                        self._gather((_described(error), self._seen), self._group)
+                raise
+            self._compare(self._gather((None, self._seen), self._group))
 
     def add(self, sums: Iterable[Tensor]) -> None:
         """Replaces the sums of each process by those over all processes, in place."""
         if self.size > 1 and self._dividing:
             sum_over_processes(sums)
+
+    def agreed(self, reason: str | None) -> str | None:
+        """Why a batch did not fit in memory, if it did not in any process.
+
+        Args:
+            reason: Why it did not in this one, or None.
+
+        Raises:
+            RuntimeError: Another process failed for another reason.
+        """
+        if not self._together:
+            return reason
+        reports = self._gather((None, reason), self._group)
+        self._raise_failure([failure for failure, _ in reports])
+        return next((found for _, found in reports if found is not None), None)
+
+    @contextmanager
+    def _with_own_group(self) -> Iterator[None]:
+        """Has a group for messages, beside the exchanges that the model makes.
+
+        A process that fails within the model reports it here, and the others may be waiting for it
+        there; it does not wait for them for long.
+        """
+        if not self._together:
+            yield
+            return
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _start_alike(self) -> None:
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -88,13 +136,63 @@ class Processes:
         np.random.set_state(numpy_state)
 
     def _shares(self, batches: Iterable[Batch]) -> Iterator[tuple[bool, Batch]]:
+        batches = self._fetched_together(batches) if self._together else map(self._noted, batches)
         for number, batch in enumerate(batches):
-            values = batch.values() if isinstance(batch, Mapping) else batch
-            self._seen = checksum([values] if isinstance(values, Tensor) else values, self._seen)
             yield not self._dividing or number % self.size == self.rank, batch
 
-    def _gather(self, value: Any) -> list[Any]:
-        return gather(value, next(iter(self._parameters.values())).device)
+    def _fetched_together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields each batch once all processes have it."""
+        batch: Any = None
+        iterator: Any = None
+        while True:
+            error = None
+            try:
+                iterator = iter(batches) if iterator is None else iterator
+                batch = next(iterator, _END)
+            except Exception as failure:
+                error = failure
+            else:
+                self._noted(() if batch is _END else batch)
+            report = (error and _described(error), (self._seen, batch is _END))
+            # With the patience of the model's own exchanges: a loader may take long.
+            reports = self._gather(report)
+            if error is not None:
+                self._told = True
+                raise error
+            self._compare(reports)
+            if batch is _END:
+                return
+            yield batch
+
+    def _noted(self, batch: Batch) -> Batch:
+        """A batch, once it is part of the checksum of all that have been seen."""
+        values = batch.values() if isinstance(batch, Mapping) else batch
+        self._seen = checksum([values] if isinstance(values, Tensor) else values, self._seen)
+        return batch
+
+    def _compare(self, reports: Sequence[tuple[str | None, Any]]) -> None:
+        """Raises if a process failed, or if not all have seen the same batches."""
+        self._raise_failure([failure for failure, _ in reports])
+        if len({seen for _, seen in reports}) > 1:
+            self._told = True
+            raise ValueError(
+                "the processes were given different calibration batches: give each of them the "
+                "whole calibration set in the same order; scoring divides it among them (a loader "
+                "that accelerate or a DistributedSampler has divided is read undivided)"
+            )
+
+    def _raise_failure(self, failures: Sequence[str | None]) -> None:
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                self._told = True
+                raise RuntimeError(f"scoring failed in process {rank}: {failure}")
+
+    def _gather(self, value: Any, group: Any = None) -> list[Any]:
+        return gather(value, self._device, group)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.gradients import PerExampleGradients
 from fish_tuning.per_example.memory import is_out_of_memory
-from fish_tuning.per_example.sources import OnePassError
 from fish_tuning.per_example.sums import GradientSums, Progress
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
 from fish_tuning.scoring.losses.one_example import check_division
@@ -30,13 +30,20 @@ class BatchScorer:
         sums: Where to add the gradients.
         batch: A batch with a label.
         numbers: The numbers of its examples in the calibration set.
+        agreed: Given why memory ran out, or None, returns why it did in any process.
     """
 
     def __init__(
-        self, objective: Objective, sums: GradientSums, batch: Batch, numbers: Sequence[int]
+        self,
+        objective: Objective,
+        sums: GradientSums,
+        batch: Batch,
+        numbers: Sequence[int],
+        agreed: Callable[[str | None], str | None],
     ) -> None:
         self._scorer = _scorer_for(objective, sums, batch, numbers)
         self._divisible = objective.divisible
+        self._agreed = agreed
         self._most: float = float("inf")
 
     def add(self, batch: Batch, numbers: Sequence[int], progress: Progress | None = None) -> None:
@@ -59,23 +66,27 @@ class BatchScorer:
 
     def _fits(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> bool:
         """Adds a batch and returns True, or returns False if memory runs out."""
+        reason, cause = None, None
         try:
             self._attempt(batch, numbers, progress)
-            return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
-            if len(numbers) == 1 or not self._divisible:
-                raise torch.OutOfMemoryError(_no_way_to_divide(numbers, reason)) from error
-            self._most = (len(numbers) + 1) // 2
-            logger.warning(
-                "Memory does not suffice for %d examples at a time: scoring continues with %d (%s)",
-                len(numbers),
-                self._most,
-                reason,
-            )
-        # Only now: until here the error kept the failed attempt's frames, and their tensors, alive.
+            # Without the failed attempt's frames, which keep their tensors alive.
+            cause = error.with_traceback(None)
+        if (reason := self._agreed(reason)) is None:
+            return True
+        if len(numbers) == 1 or not self._divisible:
+            raise torch.OutOfMemoryError(_no_way_to_divide(numbers, reason)) from cause
+        self._most = (len(numbers) + 1) // 2
+        logger.warning(
+            "Memory does not suffice for %d examples at a time: scoring continues with %d (%s)",
+            len(numbers),
+            self._most,
+            reason,
+        )
+        del cause
         gc.collect()
         return False
 
@@ -151,19 +162,12 @@ class OneByOne:
                 raise
             alone.append(losses[0].detach())
             for j, loss in enumerate(losses):
-                gradients = torch.autograd.grad(
-                    loss.sum(),
-                    [*parameters.values()],
-                    retain_graph=j + 1 < len(losses),
-                    allow_unused=True,
-                )
+                gradients = self._sums.gradients(loss.sum(), retain_graph=j + 1 < len(losses))
                 done = progress.of_loss(j)
-                for name, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None and done[name] <= i:
-                        # A copy: if the model adds two parameters, autograd returns one tensor
-                        # for both.
+                for name, gradient in gradients.items():
+                    if done[name] <= i:
                         dtype = self._sums.totals[name].dtype
-                        self._sums.add(name, gradient.to(dtype, copy=True).unsqueeze(0))
+                        self._sums.add(name, gradient.to(dtype).unsqueeze(0))
                         done[name] = i + 1
         self._objective.check_together(batch, alone)
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from fish_tuning import __version__
 from fish_tuning.arguments import check_scores
 from fish_tuning.atomic import write_atomically
+from fish_tuning.distributed import world
 from fish_tuning.hub import find_file
 from fish_tuning.mask.files import first_problem
+from fish_tuning.parts import is_divided, whole
 
 SCORES_FILE = "fish_scores.safetensors"
 FORMAT_VERSION = 1
@@ -37,7 +39,9 @@ class _Record(BaseModel):
 class FishScores(dict[str, Tensor]):
     """A score for every entry of every scored parameter, and what made the scores.
 
-    It is a dict of tensors by parameter name, and works wherever such a dict does.
+    It is a dict of tensors by parameter name, and works wherever such a dict does. Scores of a
+    model that `fully_shard` has divided are DTensors, of which each process holds the rows that it
+    holds of the parameter; `tensor.full_tensor()` has all rows in every process.
 
     Args:
         tensors: By parameter name: floating-point scores of the parameter's shape.
@@ -79,11 +83,21 @@ class FishScores(dict[str, Tensor]):
         `fish_scores`, the order of the names, the provenance, the version of this library and the
         SHA-256 of the tensors' bytes.
 
+        Scores that are divided among processes are brought together, tensor by tensor, and process
+        0 writes them; all processes have to call.
+
         Args:
             directory: A local folder, created if it does not exist. Scores already in it are
                 replaced, atomically.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.items()}
+        writes = world()[0] == 0 or not any(map(is_divided, self.values()))
+        tensors = {}
+        for name, tensor in self.items():
+            complete = whole(tensor.detach())
+            if writes:
+                tensors[name] = complete.cpu().contiguous()
+        if not writes:
+            return
         record = {
             "format_version": FORMAT_VERSION,
             "fish_tuning_version": __version__,

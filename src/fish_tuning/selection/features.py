@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fish_tuning.names import side_of
+from fish_tuning.parts import Part
 from fish_tuning.selection.ranking import Tie, highest
 
 
@@ -35,6 +36,9 @@ def select_features(
     side = side_of(name)
     if not side or tensor.dim() < 2:
         return highest(scores, k, dtype)
+    # The sum over the ranks takes all rows of A. A matrix of LoRA is small.
+    part = Part(tensor)
+    tensor = part.complete(part.local)
     by_rank = (tensor if side == "A" else tensor.transpose(0, 1)).flatten(1)
     ranks, features = by_rank.shape
     worth, order = by_rank.sum(0, dtype=torch.float64).sort(descending=True, stable=True)
@@ -49,6 +53,7 @@ def select_features(
         at_last = worth == worth[left - 1]
         tie = (float(worth[left - 1]), int(at_last.sum()), int(at_last[:left].sum()))
     if side == "A":
-        return {name: chosen.view(tensor.shape)}, tie
-    mask = chosen.view(tensor.transpose(0, 1).shape)
-    return {name: mask.transpose(0, 1).contiguous()}, tie
+        mask = chosen.view(tensor.shape)
+    else:
+        mask = chosen.view(tensor.transpose(0, 1).shape).transpose(0, 1).contiguous()
+    return {name: mask.to(part.mask_device)}, tie

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fish_tuning.parts import Part, totals
+
 # Entries ranked at a time. On a CPU, the temporaries of a chunk fit in its caches. An accelerator
 # would only launch kernels with chunks that small; its temporaries take about 100 MB.
 CPU_CHUNK = 2**18
@@ -26,6 +28,9 @@ def highest(
 ) -> tuple[dict[str, Tensor], Tie]:
     """Selects the k highest scores; equal scores are taken by position.
 
+    Of scores that are divided among processes, each process ranks the rows that it holds. Only
+    counts are exchanged, and at the end the masks.
+
     Args:
         scores: Scores by name, none of them NaN. Position is the order of names, then the flat
             index.
@@ -33,32 +38,44 @@ def highest(
         dtype: What to rank the scores as, float32 or float64.
 
     Returns:
-        Masks by name, and the tie at the lowest score that was taken.
+        Masks by name, and the tie at the lowest score that was taken. A mask is complete; that of
+        divided scores is on the CPU.
     """
+    parts = {name: Part(tensor) for name, tensor in scores.items()}
     if not k:
-        zeros = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in scores.items()}
+        zeros = {n: _no_entry(scores[n].shape, part) for n, part in parts.items()}
         return zeros, (0.0, 0, 0)
-    threshold, tied, taken = _kth_highest(list(scores.values()), k, dtype)
+    threshold, tied, taken = _kth_highest(list(parts.values()), k, dtype)
     left = taken
     masks = {}
-    for name, tensor in scores.items():
-        flat = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        for out, keys in zip(_chunks(flat), _ordered_keys(tensor, dtype), strict=True):
+    for name, part in parts.items():
+        here = 0
+        if left and taken < tied:
+            keys_here = _ordered_keys(part.local, dtype)
+            count = sum(int((keys == threshold).sum()) for keys in keys_here)
+            before, total = part.before(count)
+            here, left = max(left - before, 0), max(left - total, 0)
+        flat = torch.empty(part.local.numel(), dtype=torch.bool, device=part.local.device)
+        for out, keys in zip(_chunks(flat), _ordered_keys(part.local, dtype), strict=True):
             if taken == tied:
                 torch.ge(keys, threshold, out=out)
                 continue
             torch.gt(keys, threshold, out=out)
-            if left:
+            if here:
                 at_threshold = keys == threshold
-                at_threshold &= at_threshold.cumsum(0) <= left
+                at_threshold &= at_threshold.cumsum(0) <= here
                 out |= at_threshold
-                left -= int(at_threshold.sum())
-        masks[name] = flat.view(tensor.shape)
+                here -= int(at_threshold.sum())
+        masks[name] = part.complete(flat.view(part.local.shape)).to(part.mask_device)
     bits = torch.tensor(abs(threshold), dtype=_INTEGER[dtype])
     return masks, (math.copysign(bits.view(dtype).item(), threshold), tied, taken)
 
 
-def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def _no_entry(shape: torch.Size, part: Part) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bool, device=part.mask_device)
+
+
+def _kth_highest(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Key of the k-th highest score, how many entries have it, and how many of those are taken.
 
     Each pass looks at the keys that begin with the bits known so far, counts their next bits and
@@ -67,18 +84,18 @@ def _kth_highest(tensors: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple
     key, left = 0, k
     highest = torch.finfo(dtype).bits - RADIX
     for shift in range(highest, -1, -RADIX):
-        histogram = torch.zeros(2**RADIX, dtype=torch.int64)
-        for tensor in tensors:
-            for keys in _ordered_keys(tensor, dtype):
+        histograms = torch.zeros(len(parts), 2**RADIX, dtype=torch.int64)
+        for part, histogram in zip(parts, histograms, strict=True):
+            for keys in _ordered_keys(part.local, dtype):
                 if shift == highest:
                     digits = (keys >> shift) + 2 ** (RADIX - 1)  # the digit that has the sign
                 else:
                     digits = (keys[keys >> (shift + RADIX) == key] >> shift) & (2**RADIX - 1)
                 histogram += torch.bincount(digits, minlength=2**RADIX).cpu()
-        at_least = histogram.flip(0).cumsum(0)
+        at_least = totals(parts, histograms).sum(0).flip(0).cumsum(0)
         position = int(torch.searchsorted(at_least, left))
         digit = 2**RADIX - 1 - position
-        count = int(histogram[digit])
+        count = int(at_least[position]) - (int(at_least[position - 1]) if position else 0)
         left -= int(at_least[position]) - count
         key = digit - 2 ** (RADIX - 1) if shift == highest else key << RADIX | digit
     return key, count, left

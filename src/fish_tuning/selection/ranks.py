@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fish_tuning.arguments import check_integer, check_scores
 from fish_tuning.names import exactly, kind_of, opposite_side
+from fish_tuning.parts import whole
 from fish_tuning.selection.budget import not_matching, patterns_of
 
 _WRAPPER = "base_model.model."
@@ -118,7 +119,9 @@ def _modules(scores: Mapping[str, Tensor], max_rank: int) -> dict[str, _Module]:
 def _matrices(scores: Mapping[str, Tensor], max_rank: int) -> dict[str, _Module]:
     return {
         name.removesuffix(".weight"): _Module(
-            sum(score.shape), _root(float(score.double().mean())), min(max_rank, *score.shape)
+            sum(score.shape),
+            _root(_mean(score)),
+            min(max_rank, *score.shape),
         )
         for name, score in scores.items()
         if name.endswith(".weight") and score.ndim == 2 and score.numel()
@@ -142,7 +145,7 @@ def _lora_modules(scores: Mapping[str, Tensor], max_rank: int) -> dict[str, _Mod
         rank = score.shape[0] if kind_of(name) == "A" else score.shape[1]
         ranks.add(rank)
         size, others = score.numel() // rank, opposite.numel() // rank
-        worth = _root(float(score.double().mean()) / others)
+        worth = _root(_mean(score) / others)
         modules[module] = _Module(size + others, worth, min(max_rank, size, others))
     if len(ranks) > 1:
         raise ValueError(
@@ -150,6 +153,10 @@ def _lora_modules(scores: Mapping[str, Tensor], max_rank: int) -> dict[str, _Mod
             "the same rank in all modules"
         )
     return modules
+
+
+def _mean(score: Tensor) -> float:
+    return float(whole(score).double().mean())
 
 
 def _root(mean: float) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fish_tuning.arguments import check_scores
 from fish_tuning.config import Scope
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.parts import Part, totals
 from fish_tuning.selection.budget import patterns_of, pool_and_quota
 from fish_tuning.selection.features import select_features
 from fish_tuning.selection.ranking import Tie, highest
@@ -40,9 +41,15 @@ def create_mask_from_fisher(
     sorted nor copied: apart from the mask, the memory needed does not grow with the pool (only a
     tensor that is not contiguous is copied while it is read).
 
+    Scores that are divided among processes, those of a model that `fully_shard` has divided, stay
+    where they are: the processes exchange counts, at most 2 KB per tensor and pass. All of them
+    have to call, and get the mask that one process would select from the complete scores. It is
+    complete in every process, on the CPU: one byte per entry.
+
     Args:
         fisher_scores: Parameter name to scores with the shape of the parameter: floating point,
-            of any sign, on any device. The mask of a tensor is on the same device.
+            of any sign, on any device. The mask of a tensor is on the same device, unless its
+            scores are divided.
         keep_ratio: Fraction of the pool to select, in (0, 1]. The pool is everything that
             `names_to_exclude` does not match; k is `max(1, round(keep_ratio * pool))`.
         names_to_exclude: Regular expressions to search for in the names. Tensors with a matching
@@ -76,7 +83,7 @@ def create_mask_from_fisher(
     _report_ties(ties)
     return FishMask(
         {
-            name: selected[name] if name in selected else torch.ones_like(scores, dtype=torch.bool)
+            name: selected[name] if name in selected else _all_entries(scores)
             for name, scores in fisher_scores.items()
         },
         provenance={
@@ -129,11 +136,12 @@ def _check_scores(scores: Mapping[str, Tensor]) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"The scores of {name} are {kind}: give floating-point tensors.")
-    # The minimum and the maximum are NaN if any entry is, and computing them takes no memory.
+    parts = [Part(tensor) for tensor in scores.values()]
+    counts = totals(parts, torch.tensor([_count_not_finite(part.local) for part in parts]))
     bad = [
-        f"{name} ({int((~tensor.isfinite()).sum()):,} of {tensor.numel():,})"
-        for name, tensor in scores.items()
-        if tensor.numel() and not all(map(math.isfinite, map(float, tensor.detach().aminmax())))
+        f"{name} ({count:,} of {tensor.numel():,})"
+        for (name, tensor), count in zip(scores.items(), counts.tolist(), strict=True)
+        if count
     ]
     if bad:
         more = f" and {len(bad) - 5} more tensors" if len(bad) > 5 else ""
@@ -141,6 +149,17 @@ def _check_scores(scores: Mapping[str, Tensor]) -> None:
             f"Scores that are NaN or infinite cannot be ranked: {', '.join(bad[:5])}{more}. "
             "Look for a loss that is not finite, or for an overflow, where they were computed."
         )
+
+
+def _count_not_finite(tensor: Tensor) -> int:
+    # The minimum and the maximum are NaN if any entry is, and computing them takes no memory.
+    if not tensor.numel() or all(map(math.isfinite, map(float, tensor.detach().aminmax()))):
+        return 0
+    return int((~tensor.isfinite()).sum())
+
+
+def _all_entries(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape, dtype=torch.bool, device=Part(scores).mask_device)
 
 
 def _report_ties(ties: Sequence[Tie]) -> None:

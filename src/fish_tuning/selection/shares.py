@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fish_tuning.config import Scope
 from fish_tuning.names import kind_of, side_of
+from fish_tuning.parts import Part
+from fish_tuning.selection.exact_sums import exact_sums
 
 Share = tuple[list[str], int]
 """Names of tensors, and how many entries to select from all of them together."""
@@ -76,9 +78,10 @@ def _gains(scores: Mapping[str, Tensor]) -> dict[str, float]:
     Reversed scores have negative means. For them the gain is the size over the root, so that
     what had the highest gain has the lowest. If means of both signs occur, negative ones give 0.
     """
+    sums = exact_sums([Part(tensor) for tensor in scores.values()])
     means = {
-        name: float(tensor.sum(dtype=torch.float64)) / max(tensor.numel(), 1)
-        for name, tensor in scores.items()
+        name: total / max(tensor.numel(), 1)
+        for (name, tensor), total in zip(scores.items(), sums, strict=True)
     }
     if max(means.values()) <= 0 > min(means.values()):
         smallest = torch.finfo(torch.float64).tiny

@@ -23,6 +23,7 @@ from fish_tuning.scoring.inputs.positions import (
     reads_padding,
 )
 from fish_tuning.scoring.inputs.reading import read_batch
+from fish_tuning.sharded_model import ShardedModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Forward:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.base: Any = _base_of(model)
+        self._sharded = ShardedModel(model)
         parameters = inspect.signature(self.base.forward).parameters
         self._named = [name for name, p in parameters.items() if p.kind in _NAMED]
         self._required = {
@@ -91,7 +93,7 @@ class Forward:
             ValueError: The batch lacks an argument that the model needs.
         """
         if not isinstance(batch, Mapping):
-            return self.model(batch[0])
+            return self._passed(batch[0])
         arguments = self._arguments(batch)
         if not with_labels and not self._labels_needed and LABELS in arguments:
             # The model would compute a loss over the whole vocabulary that nobody reads.
@@ -136,7 +138,7 @@ class Forward:
         """Calls the model; keywords that something below its forward refuses are dropped."""
         while True:
             try:
-                return self.model(**arguments)
+                return self._passed(**arguments)
             except TypeError as error:
                 # "got an unexpected keyword argument 'x'", or "multiple values for" it.
                 found = re.search(r"keyword argument '(\w+)'", str(error))
@@ -146,6 +148,11 @@ class Forward:
             self._refused.add(key)
             self._report_dropped({key})
             del arguments[key]
+
+    def _passed(self, *args: Any, **kwargs: Any) -> Any:
+        # The last pass may have been interrupted, or never have had its backward pass.
+        self._sharded.settle()
+        return self.model(*args, **kwargs)
 
     def _check_takes_one(self, items: Sequence[Any]) -> None:
         if self._takes_any or len(self._named) != 1:

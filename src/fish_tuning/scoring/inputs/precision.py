@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fish_tuning.engines import autocast_dtype
+from fish_tuning.sharded_model import ShardedModel
 
 
 def coarsest_eps(model: nn.Module, device: str, *outputs: torch.dtype) -> float:
@@ -14,5 +15,10 @@ def coarsest_eps(model: nn.Module, device: str, *outputs: torch.dtype) -> float:
         device: The kind of device, on which autocast may be on.
         outputs: The types of its outputs.
     """
-    dtypes = [*outputs, *(p.dtype for p in model.parameters()), autocast_dtype(device)]
+    dtypes = [
+        *outputs,
+        *(p.dtype for p in model.parameters()),
+        *ShardedModel(model).dtypes,
+        autocast_dtype(device),
+    ]
     return max(torch.finfo(d).eps for d in set(dtypes) if d is not None and d.is_floating_point)
