@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.contenders import Contender, Way, peers
 from benchmarks.measure import peak_memory
@@ -57,10 +57,13 @@ def peak_of_training(way: Way, batch: Batch, device: str) -> int:
 
 
 def bytes_held(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; shared memory counts once."""
+    """Bytes of a model's parameters, buffers and masked tensors; shared memory counts once."""
+    masked = (value for module in model.modules() for value in vars(module).values())
+    tensors = chain(model.parameters(), model.buffers(), masked)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in chain(model.parameters(), model.buffers())
+        for tensor in tensors
+        if isinstance(tensor, Tensor)
     }
     return sum(storages.values())
 

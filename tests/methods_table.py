@@ -46,6 +46,7 @@ from tests.models import (
     tiny_llama,
 )
 from tests.rounding import MARGIN, float32_rtol, nudged
+from tests.training import tensor_of
 
 STEPS = ("scores", "mask", "train", "save", "load", "merge")
 YES, ONE_BY_ONE, NONE, REFUSED = "yes", "one example at a time", "PEFT has none", "refused"
@@ -635,7 +636,9 @@ def own_loss(model: Any, example: Mapping[str, Tensor]) -> Tensor:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # Under a mask, a parameter is the values alone; the whole tensor is its module's attribute.
+    parameters = [(name, tensor_of(model, name)) for name, _ in model.named_parameters()]
+    tensors = [*parameters, *model.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 

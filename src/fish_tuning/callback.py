@@ -132,10 +132,12 @@ class FishTuningCallback(TrainerCallback):
 
 def _check_reference(model: nn.Module) -> None:
     """Refuse the adapter "ref" of TRL's DPOTrainer, which copies parameters, not masked tensors."""
-    buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
-    for name, tensor in buffers.items():
+    parameters = dict(model.named_parameters())
+    for name in get_mask(model) or ():
+        module, _, attribute = name.rpartition(".")
+        tensor = getattr(model.get_submodule(module), attribute)
         reference = parameters.get(name.replace(".default.", ".ref."))
-        if name not in parameters and reference is not None and not torch.equal(reference, tensor):
+        if reference is not None and not torch.equal(reference, tensor):
             raise ValueError(
                 "the adapter 'ref', with which DPO compares, lacks what was masked before the "
                 "Trainer was built: leave the model as it is and pass FishTuningCallback(mask)"

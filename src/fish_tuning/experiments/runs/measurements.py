@@ -150,9 +150,12 @@ class Measurements(TrainerCallback):
 
 
 def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """A model's tensors by name. A mask turns parameters into buffers, so look among both."""
-    found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: found[name].detach() for name in names}
+    """A model's tensors by name; under a mask, the parameters of these names are values alone."""
+    found = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        found[name] = getattr(model.get_submodule(module), attribute).detach()
+    return found
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
