@@ -412,3 +412,14 @@ def test_each_operation(kind, operation):
     """Guards each operation by itself, after a step of training and before another."""
     for seed in range(3):
         run(kind, [(train, seed), (operation, seed), (train, seed + 1)])
+
+
+def test_a_cast_of_one_tensor_leaves_the_others():
+    """Guards unselected tensors of other modules, which were cast along with a part's values."""
+    twins = Twins.build("lora", seed=1)
+    (unselected,) = [name for name, bits in twins.bits.items() if not bits.any()]
+    for model in twins.models():
+        model.get_submodule("base_model.model.lin1.lora_A.default").to(torch.float32)
+        model.state_dict()
+    assert owner_of(twins.masked, unselected)[0].weight.dtype == torch.float64
+    twins.assert_same_state()

@@ -249,8 +249,8 @@ def _moved_parts(
             flat = view.flatten(held)
         if flat.dtype == agreed.dtype and flat.device == agreed.device:
             # PEFT and DeepSpeed cast parameters, and leave buffers as they are.
+            group.only_values_cast |= values.dtype != flat.dtype
             flat = flat.to(values.device, values.dtype)
-            group.only_values_cast = True
         elif values.dtype != flat.dtype or values.device != flat.device:
             _cast(values, flat)
         for view in tensor.views:
