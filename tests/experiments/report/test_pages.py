@@ -100,7 +100,7 @@ def test_markdown_escapes_what_comes_from_files(tmp_path):
     assert "[a](" not in text.replace("\\[", "").replace("\\]", "")
     table = [line for line in text.split("\n") if line.startswith("|")]
     assert len(table) == 3
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
 
 
 def test_html_needs_nothing_else(tmp_path):

@@ -31,6 +31,8 @@ def comparison_table(comparison: Comparison) -> Table:
         "Train Time (s)": lambda arm: format_spread(arm.train_seconds, "{:,.1f}"),
         "Peak Memory (MiB)": lambda arm: format_spread(arm.peak_memory_mib, "{:,.0f}"),
     }
+    if not any(arm.is_baseline for arm in comparison.arms):
+        del columns[f"Difference to {ORIGINAL_LORA}"]
     if not any(arm.learning_rates for arm in comparison.arms):
         del columns["Learning Rate"]
     return Table.of(comparison.arms, columns)
