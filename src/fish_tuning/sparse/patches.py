@@ -78,6 +78,8 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
 
 def _apply(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Casts and moves: PyTorch moves buffers, whose gradients have to reach the values."""
+    # What was written before a cast would otherwise differ from what the cast rounds.
+    state.update(module)
     split = [each for each in owned(state, module) if each[0].is_split]
     before = {place: vars(module).get(place.attribute) for _, _, place in split}
     held = [place for tensor, _, place in split if before[place] is not None]
