@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.arguments import check_mask
+from fish_tuning.masked_tensors.tensors import tensor_named
 from fish_tuning.selection.learning_rate import advice_on_rate
 from fish_tuning.sparse.apply import (
     apply_mask,
@@ -134,10 +135,8 @@ def _check_reference(model: nn.Module) -> None:
     """Refuse the adapter "ref" of TRL's DPOTrainer, which copies parameters, not masked tensors."""
     parameters = dict(model.named_parameters())
     for name in get_mask(model) or ():
-        module, _, attribute = name.rpartition(".")
-        tensor = getattr(model.get_submodule(module), attribute)
         reference = parameters.get(name.replace(".default.", ".ref."))
-        if reference is not None and not torch.equal(reference, tensor):
+        if reference is not None and not torch.equal(reference, tensor_named(model, name)):
             raise ValueError(
                 "the adapter 'ref', with which DPO compares, lacks what was masked before the "
                 "Trainer was built: leave the model as it is and pass FishTuningCallback(mask)"

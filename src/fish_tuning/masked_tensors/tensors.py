@@ -229,6 +229,13 @@ class MaskedTensor:
         return zlib.crc32(self.bits().numpy().data)
 
 
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """A model's whole tensor; under a mask, the parameter of that name is the values alone."""
+    module, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module), attribute)
+    return tensor
+
+
 def as_leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     """A tensor without history, which code that expects a parameter takes for one.
 

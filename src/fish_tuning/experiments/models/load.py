@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HEADS = ["classifier", "score", "classification_head", "lm_head"]
+HEADS = ["classifier", "score", "classification_head", "lm_head"]
 
 
 def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> Any:
@@ -287,6 +287,6 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
     settings: Any = BitsAndBytesConfig
     # A classification head is trained, and the head of a language model is tied or sensitive.
     return {
-        "quantization_config": settings(llm_int8_skip_modules=_HEADS, **bits),
+        "quantization_config": settings(llm_int8_skip_modules=HEADS, **bits),
         "device_map": "auto",
     }

@@ -17,7 +17,7 @@ from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
 from fish_tuning.experiments.models.counts import ParameterCounts
 from fish_tuning.experiments.models.live_bytes import peak_of_step
-from fish_tuning.experiments.models.load import DTYPES
+from fish_tuning.experiments.models.load import DTYPES, HEADS
 from fish_tuning.per_example.accumulate import CHUNK_ENTRIES
 
 FLOAT32 = 4
@@ -163,7 +163,7 @@ def _frozen_bytes(model: nn.Module, quantization: str | None) -> int:
 def _quantized(model: nn.Module) -> Iterable[Tensor]:
     """The weights that bitsandbytes quantizes: of linear layers, but not of the head."""
     for name, module in model.named_modules():
-        is_head = name.rpartition(".")[2] in ("lm_head", "classifier", "score")
+        is_head = name.rpartition(".")[2] in HEADS
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and not is_head:
             yield module.weight
 

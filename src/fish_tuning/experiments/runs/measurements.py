@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fish_tuning.masked_tensors.tensors import tensor_named
+
 Report = Callable[[int, int, float | None], None]
 """Called with the number of steps done, the total number of steps and the last training loss."""
 
@@ -150,12 +152,8 @@ class Measurements(TrainerCallback):
 
 
 def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """A model's tensors by name; under a mask, the parameters of these names are values alone."""
-    found = {}
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        found[name] = getattr(model.get_submodule(module), attribute).detach()
-    return found
+    """A model's tensors by name, whole under a mask too."""
+    return {name: tensor_named(model, name).detach() for name in names}
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
