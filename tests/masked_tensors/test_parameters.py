@@ -9,6 +9,7 @@ from fish_tuning.masked_tensors.tensors import contiguous_stride, fills_its_memo
 from fish_tuning.sparse import masked_parameters
 from tests.models import tiny_llama
 from tests.sparse.small import Mlp
+from tests.sparse.twins import random_bits
 
 
 def tied_llama():
@@ -33,20 +34,11 @@ def assert_tied(model):
         assert first.data_ptr() == second.data_ptr()
 
 
-def half(model):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.rand(p.shape, generator=generator) < 0.5
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
 def test_tied_adapters_stay_tied(tmp_path):
     """Guards against adapters that PEFT ties by views and that a mask trains apart."""
     model = tied_llama()
     shapes = {n: (p.shape, p.stride()) for n, p in model.named_parameters() if p.requires_grad}
-    mask = half(model)
+    mask = random_bits(model, seed=0)
     apply_mask(model, mask)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in mask}
     found = get_mask(model)
@@ -81,7 +73,7 @@ def test_a_tied_gradient_is_the_sum_of_both():
     """Guards against one of two uses of a tied adapter that is left out."""
     model, twin = tied_llama(), tied_llama()
     twin.load_state_dict(model.state_dict())
-    mask = half(model)
+    mask = random_bits(model, seed=0)
     apply_mask(model, mask)
     tokens = torch.randint(1, 30, (4, 6), generator=torch.Generator().manual_seed(0))
     for each in (model, twin):
@@ -113,7 +105,7 @@ def test_parameters_keep_their_order():
     """Guards against an optimizer's checkpoint that is loaded into the wrong parameters."""
     model = Mlp()
     names = [name for name, _ in model.named_parameters()]
-    apply_mask(model, {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters()})
+    apply_mask(model, random_bits(model, seed=0))
     values = list(model.parameters())
     for change in (lambda: model.load_state_dict(model.state_dict()), model.double, model.float):
         change()
@@ -127,7 +119,7 @@ def test_parameters_keep_their_order():
 def test_values_that_were_saved_by_name_are_loaded():
     """Guards against scripts that save what is trained, and get nothing back."""
     model, twin = Mlp(), Mlp()
-    mask = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+    mask = random_bits(model, seed=0)
     for each in (model, twin):
         apply_mask(each, mask)
     saved = {name: torch.ones_like(p) for name, p in model.named_parameters()}

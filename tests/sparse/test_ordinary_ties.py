@@ -66,6 +66,18 @@ def test_tied_adapters_train_as_one():
     assert count == sum(int(twins.bits[n].sum()) for n in twins.trainable(twins.dense))
 
 
+def test_a_load_that_assigns_leaves_adapters_tied():
+    """Guards against the refusal of a state dict that is loaded tensor by tensor, not in place."""
+    twins = Twins.build(TIED, seed=1)
+    state = {key: tensor * 0.9 for key, tensor in twins.dense.state_dict().items()}
+    for model in twins.models():
+        model.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
+    tied(twins.dense)
+    assert_tied(twins.masked)
+    twins.assert_same_state()
+    steps(twins, 2)
+
+
 def test_tied_adapters_in_files(tmp_path):
     """Guards against files in which a pair differs, or a half of it is missing."""
     twins = Twins.build(TIED)

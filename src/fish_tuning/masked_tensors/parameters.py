@@ -183,10 +183,12 @@ def as_buffers(places: Iterable[Place], with_values: bool) -> Iterator[None]:
         yield
     finally:
         for module, attribute in held:
-            buffer = module._buffers.pop(attribute, None)
-            if buffer is not None:  # Otherwise somebody has assigned a parameter.
-                vars(module)[attribute] = buffer
-                module._parameters.setdefault(attribute, values[module, attribute])
+            tensor = module._buffers.pop(attribute, None)
+            if tensor is None:  # Loading has assigned a parameter.
+                tensor = getattr(module, attribute).detach()
+                del module._parameters[attribute]
+            vars(module)[attribute] = tensor
+            module._parameters.setdefault(attribute, values[module, attribute])
             sort(module._parameters, orders[module])
 
 
