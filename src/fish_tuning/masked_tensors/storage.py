@@ -63,10 +63,9 @@ class Group:
     def attach(self) -> None:
         """Refer tensors and their leaves to the group, as copies and pickles do not."""
         self._held = [
-            (tensor, place, view.leaf, tensor.entries.start)
+            (vars(place.module), place.attribute, view.leaf, tensor.entries.start, tensor.numel)
             for tensor in self.tensors
-            for view in tensor.views
-            for place in view.places
+            for view, place in tensor.views_and_places()
         ]
         self._tied = [tensor for tensor in self.tensors if tensor.is_tied]
         for tensor in self.tensors:
@@ -81,16 +80,16 @@ class Group:
         """Whether its storage holds what the modules hold, and values of the same type."""
         address, itemsize = self.storage.data_ptr(), self.storage.itemsize
         dtype, device = self.storage.dtype, self.storage.device
-        return (
-            all(
-                vars(place.module).get(place.attribute) is leaf
-                and leaf.data_ptr() == address + start * itemsize
-                and tensor.has_values(place)
-                for tensor, place, leaf, start in self._held
-            )
-            and all(v.dtype == dtype and v.device == device for v in self.values())
-            and all(tensor.has_one_parameter() for tensor in self._tied)
-        )
+        # It runs several times in a step, for every tensor.
+        for module, attribute, leaf, start, numel in self._held:
+            if module.get(attribute) is not leaf or leaf.data_ptr() != address + start * itemsize:
+                return False
+            values = module["_parameters"].get(attribute)
+            if values is None or values.numel() == numel:
+                return False
+            if values.dtype != dtype or values.device != device:
+                return False
+        return all(tensor.has_one_parameter() for tensor in self._tied)
 
     def values(self) -> list[nn.Parameter]:
         """The parameters of its tensors."""
@@ -116,8 +115,10 @@ class Group:
         """
         for tensor in self.tensors:
             values = tensor.look_up_values()
-            flags = [values.requires_grad, *(view.leaf.requires_grad for view in tensor.views)]
-            if all(flag == tensor.is_trained for flag in flags):
+            trained = tensor.is_trained
+            if values.requires_grad is trained and all(
+                [view.leaf.requires_grad is trained for view in tensor.views]
+            ):
                 continue
             tensor.is_trained = not tensor.is_trained
             values.requires_grad_(tensor.is_trained)

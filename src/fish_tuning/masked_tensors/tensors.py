@@ -138,9 +138,10 @@ class MaskedTensor:
         Where they have put a whole tensor in its place, it is the one that was there before.
         """
         held = self._owner._parameters.get(self._attribute)
-        values = self._values if held is None or held.numel() == self.numel else held
-        assert values is not None
-        return values
+        if held is None or held is self._values or held.numel() == self.numel:
+            held = self._values
+        assert held is not None
+        return held
 
     @values.setter
     def values(self, values: nn.Parameter) -> None:
@@ -151,7 +152,8 @@ class MaskedTensor:
     def look_up_values(self) -> nn.Parameter:
         """The values, to go by from now on where something else takes their place."""
         values = self.values
-        if isinstance(values, nn.Parameter):  # and not what `functional_call` puts there
+        # `functional_call` puts other tensors there.
+        if values is not self._values and isinstance(values, nn.Parameter):
             self._values = values
         return values
 
