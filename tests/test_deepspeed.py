@@ -65,9 +65,14 @@ def prepared(model, config):
     return *accelerator.prepare(model, optimizer_for(model)), accelerator
 
 
-def step_of(engine, accelerator, model, rank, step):
+def all_parameters(model):
+    """Within it, all processes hold those that ZeRO-3 has divided."""
+    return import_module("deepspeed").zero.GatheredParameters(list(model.parameters()))
+
+
+def step_of(engine, accelerator, model, rank, step, size=2):
     batch = labelled_alike(model, step)
-    part = {key: value[rank * 2 : (rank + 1) * 2] for key, value in batch.items()}
+    part = {key: value[rank * size : (rank + 1) * size] for key, value in batch.items()}
     accelerator.backward(engine(**part).loss)  # Steps too.
 
 
@@ -132,18 +137,20 @@ def train_bf16(rank, model, mask, config):
     engine, _, accelerator = prepared(model, config)
     for step in range(STEPS):
         step_of(engine, accelerator, model, rank, step)
-    return tensors_of(model, mask)
+    with all_parameters(model):
+        return tensors_of(model, mask)
 
 
-def test_bf16(tmp_path):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16(stage, tmp_path):
     """Guards against float32 tensors around values that DeepSpeed has cast, as it casts
     parameters alone."""
     model = lora_bert()
     mask = random_mask(model)
     mask[next(iter(mask))].zero_()  # One tensor is not selected from at all.
     before = tensors_of(model, mask)
-    precise = in_processes(2, tmp_path / "a", train_bf16, model, mask, settings(1))
-    config = settings(1, bf16={"enabled": True})
+    precise = in_processes(2, tmp_path / "a", train_bf16, model, mask, settings(stage))
+    config = settings(stage, bf16={"enabled": True})
     by_rank = in_processes(2, tmp_path / "b", train_bf16, model, mask, config)
     assert_identical(by_rank)
     for name, bits in mask.items():
@@ -154,27 +161,86 @@ def test_bf16(tmp_path):
         assert not bits.any() or moved < 0.2 * (precise[0][name] - before[name])[bits].abs().mean()
 
 
-def refused_at_stage_3(rank, model, mask, batch, masked_first):
-    if masked_first:
-        engine, *_ = prepared(apply_mask(model, mask), settings(3))
-        training = error_of(engine, **batch)
+def train_zero_3(rank, model, mask, config, count):
+    size = sum(parameter.numel() for parameter in model.parameters())
+    apply_mask(model, mask)
+    engine, optimizer, accelerator = prepared(model, config)
+    held = sum(p.ds_tensor.numel() for p in model.parameters())
+    by_step, logits = [], []
+    for step in range(20):
+        step_of(engine, accelerator, model, rank, step, 4 // count)
+        # The head is selected as a whole, and divided like the base model.
+        by_step.append(tensors_of(model, {n: b for n, b in mask.items() if not b.all()}))
         with torch.no_grad():
-            return training, error_of(engine, **batch)
+            logits.append(engine(**labelled_alike(model, 0)).logits)
+        if step % 3 == 0:  # Divides the values again.
+            optimizer.optimizer.checkpoint_event_prologue()
+    state = optimizer.optimizer.optimizer.state
+    moments = sum(len(each["exp_avg"]) for each in state.values())
+    with all_parameters(model):
+        tensors = tensors_of(model, mask)
+    errors = [
+        error_of(call, each, *arguments)
+        for each in (engine, model)
+        for call, *arguments in (
+            (scored, []),
+            (apply_mask, mask),
+            (remove_mask,),
+            (lambda each: (getattr(each, "module", each)).save_pretrained("nowhere"),),
+        )
+    ]
+    return by_step, logits, tensors, held / size, moments, errors
+
+
+@pytest.mark.parametrize(("count", "persistent", "clipping"), [(2, 100_000, 0.05), (4, 0, 0.0)])
+def test_zero_3_trains_as_one_process(count, persistent, clipping, tmp_path):
+    """Guards against values that a process does not hold when a forward pass begins, against
+    tensors that lag behind them, and against base models that stay complete."""
+    model = lora_bert()
+    mask = random_mask(model)
+    one = apply_mask(copy.deepcopy(model), mask)
+    before = tensors_of(one, mask)
+    config = settings(3, gradient_clipping=clipping, train_micro_batch_size_per_gpu=4 // count)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
+    arguments = train_zero_3, model, mask, config, count
+    by_rank = in_processes(count, tmp_path / "a", *arguments)
+    optimizer = optimizer_for(one)
+    for step in range(20):
+        one(**labelled_alike(one, step)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable(one).values(), clipping or 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+        split = {name: bits for name, bits in mask.items() if not bits.all()}
+        tensors = [by_step[step] for by_step, *_ in by_rank]
+        assert_same_weights(tensors, tensors_of(one, split), before)
+        with torch.no_grad():
+            expected = one(**labelled_alike(one, 0)).logits
+        for _, logits, *_ in by_rank:
+            torch.testing.assert_close(logits[step], expected, rtol=1e-5, atol=1e-5)
+    assert_same_weights([tensors for _, _, tensors, *_ in by_rank], tensors_of(one, mask), before)
+    k = get_mask(one).num_trainable
+    assert k <= sum(moments for *_, moments, _ in by_rank) < k + count * len(mask)
+    for *_, share, _, errors in by_rank:
+        assert share < 1.1 / count
+        for scoring, masking, removing, saving in (errors[:4], errors[4:]):
+            for kind, message in (scoring, masking):
+                assert kind == "ValueError" and "before the engine takes it" in message
+            assert removing[0] == "RuntimeError" and "cannot be taken off" in removing[1]
+            assert saving[0] == "RuntimeError" and "get_state_dict(engine)" in saving[1]
+
+
+def prepared_without_mask(rank, model, mask):
     engine, *_ = prepared(model, settings(3))
     return error_of(scored, engine, []), error_of(apply_mask, engine.module, mask)
 
 
-@pytest.mark.parametrize("masked_first", [True, False])
-def test_zero_3_is_refused(masked_first, tmp_path):
-    """Guards against training or scoring the empty tensors that ZeRO-3 leaves in a process."""
+def test_a_model_that_zero_3_has_divided_is_refused(tmp_path):
+    """Guards against scoring or masking the empty tensors that ZeRO-3 leaves in a process."""
     model = lora_bert()
-    arguments = model, random_mask(model), labelled_alike(model, 0), masked_first
-    for errors in in_processes(2, tmp_path / "a", refused_at_stage_3, *arguments):
+    for errors in in_processes(2, tmp_path / "a", prepared_without_mask, model, random_mask(model)):
         for kind, message in errors:
-            assert kind == ("RuntimeError" if masked_first else "ValueError")
-            said = "holds 0 of" if masked_first else "DeepSpeed ZeRO-3 has divided"
-            assert said in message
-            assert message.endswith("or DeepSpeed ZeRO-3" if masked_first else "it is sharded")
+            assert kind == "ValueError" and message.startswith("DeepSpeed ZeRO-3 has divided")
+            assert "before the engine takes it" in message
 
 
 def trainer_for(folder, model, mask, config, **arguments):
@@ -230,15 +296,14 @@ def trained_with_trainer(rank, folder, model, mask, stage):
     trainer = trainer_for(folder, copy.deepcopy(model), mask, config)
     trainer.train()
     trainer.save_model()
-    tensors = tensors_of(trainer.model, mask)
+    with all_parameters(trainer.model):
+        tensors = tensors_of(trainer.model, mask)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return tensors, losses
 
 
 def resumed_with_trainer(rank, folder, model, mask, stage):
     config = settings(stage, **AUTO)
-    error = error_of(trainer_for, folder, copy.deepcopy(model), mask, settings(3, **AUTO))
-    assert error is not None and error[0] == "ValueError" and "ZeRO-3 leaves" in error[1]
     other = {name: bits.flip(0) for name, bits in mask.items()}
     checkpoint = str(folder / "checkpoint-2")
     trainer = trainer_for(folder, copy.deepcopy(model), other, config)
@@ -249,10 +314,11 @@ def resumed_with_trainer(rank, folder, model, mask, stage):
     trainer.train(resume_from_checkpoint=checkpoint)
     saved = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
     at = trainer.state.best_model_checkpoint
-    return refused, saved, at, tensors_of(trainer.model, mask)
+    with all_parameters(trainer.model):
+        return refused, saved, at, tensors_of(trainer.model, mask)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_trainer(stage, tmp_path):
     """Guards against a Trainer that evaluates or saves other values than it has trained, and
     checkpoints from which it goes on with others."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -52,15 +53,11 @@ class FishTuningCallback(TrainerCallback):
 
         Raises:
             ValueError: See `apply_mask`; or neither the callback nor the model has a mask; or the
-                Trainer has copied the adapter of a model that was masked already; or the Trainer
-                is to use DeepSpeed ZeRO-3.
+                Trainer has copied the adapter of a model that was masked already; or DeepSpeed
+                ZeRO-3 would keep the Trainer from saving the model.
         """
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 leaves each process a part of the trained values, and a masked "
-                "model needs all of them: set zero_optimization.stage to 1 or 2"
-            )
         model = kwargs["model"]
+        _check_saves(args.deepspeed_plugin, model)
         patch_trainers()
         if self.mask is not None:
             apply_mask(model, self.mask)
@@ -129,6 +126,18 @@ class FishTuningCallback(TrainerCallback):
                 wrong,
                 sum(value.numel() for value in values),
             )
+
+
+def _check_saves(deepspeed: Any, model: nn.Module) -> None:
+    """Refuse settings of ZeRO-3 with which Trainers save no weights, except those of adapters."""
+    if deepspeed is None or deepspeed.zero_stage != 3 or isinstance(model, PeftModel):
+        return
+    key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if not deepspeed.hf_ds_config.is_true(key):
+        raise ValueError(
+            f"with DeepSpeed ZeRO-3, the Trainer would save the model without weights: set {key} "
+            "to true"
+        )
 
 
 def _check_reference(model: nn.Module) -> None:

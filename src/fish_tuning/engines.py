@@ -37,6 +37,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     model = model.module if isinstance(model, DistributedDataParallel) else model
+    if divided_by_zero_3(model):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 has divided the model's parameters among the processes: score and "
+            "mask the model before the engine takes it, and load it before there is a config of "
+            "stage 3, with which from_pretrained divides it (TrainingArguments, HfDeepSpeedConfig)"
+        )
     if (engine := _dividing_engine(model)) is not None:
         raise ValueError(
             f"{engine} has divided the model's parameters among the processes: shard it with "
@@ -99,31 +105,34 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def after_deepspeed_steps(callback: Callable[[nn.Module], None]) -> None:
-    """Calls `callback(model)` after every step of every DeepSpeed engine.
+def follow_deepspeed(*wrappers: tuple[str, Callable[[nn.Module, Any], Any]]) -> None:
+    """Has functions see what methods of every DeepSpeed engine return.
 
     Does nothing while DeepSpeed is not imported, and nothing more when called again with the same
-    callback.
+    functions.
 
-    DeepSpeed's step is wrapped because it offers no hook. ZeRO steps its own copies of the
+    Methods are wrapped because DeepSpeed offers no hooks. ZeRO steps its own copies of the
     parameters with an ordinary optimizer, whose hooks do not see the model; the engine writes the
     new values into the model's parameters afterwards.
+
+    Args:
+        *wrappers: Names of methods, each with a function of the engine's model and the method's
+            result. What it returns is returned in place of that result.
     """
     if (engine := _deepspeed_engine()) is not None:
-        _wrap_step(engine, callback)
+        for name, follow in wrappers:
+            _wrap(engine, name, follow)
 
 
 @functools.cache
-def _wrap_step(engine: Any, callback: Callable[[nn.Module], None]) -> None:
-    step = engine.step
+def _wrap(engine: Any, name: str, follow: Callable[[nn.Module, Any], Any]) -> None:
+    method = getattr(engine, name)
 
-    @functools.wraps(step)
-    def step_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = step(self, *args, **kwargs)
-        callback(self.module)
-        return result
+    @functools.wraps(method)
+    def call_and_follow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return follow(self.module, method(self, *args, **kwargs))
 
-    engine.step = step_and_call
+    setattr(engine, name, call_and_follow)
 
 
 def _deepspeed_engine() -> Any:
@@ -140,11 +149,14 @@ def _held_by_deepspeed(model: nn.Module) -> bool:
     return has_copies or isinstance(model, engine)
 
 
+def divided_by_zero_3(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has divided a model's parameters among the processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def _dividing_engine(model: nn.Module) -> str | None:
-    """The engine that has divided the parameters, if it is not `fully_shard`."""
+    """PyTorch's engine that has divided the parameters, if it is not `fully_shard`."""
     parameters = list(model.parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return "DeepSpeed ZeRO-3"
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -38,9 +38,10 @@ def reconcile(group: Group, tensor: MaskedTensor | None = None) -> None:
     """
     tensors = group.tensors if tensor is None else [tensor]
     part = slice(None) if tensor is None else tensor.selected
-    values = gathered([each.values for each in tensors], [each.num_selected for each in tensors])
     # Indexing takes int64 alone; converting and copying is faster than every other way.
     index, agreed = group.index[part].long(), group.agreed[part]
+    sizes = [each.num_selected for each in tensors]
+    values = gathered([each.values for each in tensors], sizes, agreed)
     stored = group.storage.data.index_select(0, index)
     value_written = _bits(values) != _bits(agreed)
     stored_written = _bits(stored) != _bits(agreed)
@@ -58,7 +59,7 @@ def reconcile(group: Group, tensor: MaskedTensor | None = None) -> None:
     group.storage.data.index_copy_(0, index, merged)
     agreed.copy_(merged)
     if write_values:
-        for each, new in zip(tensors, merged.split([t.num_selected for t in tensors]), strict=True):
+        for each, new in zip(tensors, merged.split(sizes), strict=True):
             assign(each.values, new)
 
 

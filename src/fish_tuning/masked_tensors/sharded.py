@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fish_tuning.masked_tensors import zero3
+
 _DIVIDED = "_fish_divided"
 """Attribute of a complete parameter that holds fully_shard's record of it."""
 
@@ -38,12 +40,13 @@ def is_sharded(values: Tensor) -> bool:
     return type(values) is not nn.Parameter and hasattr(values, "full_tensor")
 
 
-def gathered(values: list[Any], sizes: list[int]) -> Tensor:
-    """All values in one flat tensor; where they are divided, all processes have to call.
+def gathered(values: list[Any], sizes: list[int], agreed: Tensor) -> Tensor:
+    """All values in one flat tensor; where `fully_shard` divides them, all processes have to call.
 
     Args:
         values: The parameters.
         sizes: How many numbers each has in all processes together.
+        agreed: The numbers to take for parameters that DeepSpeed ZeRO-3 holds elsewhere.
 
     Raises:
         RuntimeError: Somebody has replaced them by more or fewer numbers, or an engine other than
@@ -53,6 +56,9 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
     if any(is_sharded(value) for value in values):
         full = _complete([value for value in values if is_sharded(value)])
         parts = [next(full) if is_sharded(value) else value for value in values]
+    if any(zero3.is_away(value) for value in values):
+        known = zip(values, parts, agreed.split(sizes), strict=True)
+        parts = [last if zero3.is_away(value) else part for value, part, last in known]
     for part, size in zip(parts, sizes, strict=True):
         if part.numel() != size:
             if part.numel() > size:
@@ -63,8 +69,8 @@ def gathered(values: list[Any], sizes: list[int]) -> Tensor:
                 )
             raise RuntimeError(
                 f"this process holds {part.numel()} of {size} trained values: a masked model "
-                "trains under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed ZeRO-1 "
-                "or ZeRO-2, not under FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO-3"
+                "trains under DistributedDataParallel, fully_shard (FSDP2) and DeepSpeed, but not "
+                "under FullyShardedDataParallel (FSDP1)"
             )
     if len({part.ndim for part in parts}) > 1:
         parts = [part.reshape(-1) for part in parts]
@@ -77,7 +83,10 @@ def assign(value: Any, new: Tensor) -> None:
         assign(divided.sharded_param, new)
     if is_sharded(value):
         value.to_local().data.copy_(_local(value, new.view(value.shape)))
-    else:
+        return
+    if zero3.is_divided(value):
+        zero3.assign_slice(value, new)
+    if not zero3.is_away(value):
         value.data.copy_(new.view(value.shape))
 
 

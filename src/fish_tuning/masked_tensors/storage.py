@@ -49,7 +49,7 @@ class Group:
         self.index = torch.cat(index).to(torch.int32 if small else torch.int64)
         self.agreed = torch.cat([part.agreed for part in parts])
         self.version = 0
-        """The storage's, when the last forward pass began."""
+        """`writes()` when the last forward pass began."""
         self.only_values_cast = False
         """Whether it no longer holds since somebody has cast values, but not their tensors."""
         self.has_conflict = torch.zeros((), dtype=torch.bool, device=self.storage.device)
@@ -90,6 +90,10 @@ class Group:
             if values.dtype != dtype or values.device != device:
                 return False
         return all(tensor.has_one_parameter() for tensor in self._tied)
+
+    def writes(self) -> int:
+        """How often the storage was written in place; tensors of inference mode do not count."""
+        return 0 if self.storage.is_inference() else self.storage._version
 
     def values(self) -> list[nn.Parameter]:
         """The parameters of its tensors."""

@@ -104,6 +104,7 @@ def remove_mask(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The model has no mask.
+        RuntimeError: DeepSpeed ZeRO-3 has divided the model.
 
     Examples:
         >>> model = remove_mask(apply_mask(model, mask))

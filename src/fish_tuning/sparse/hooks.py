@@ -15,7 +15,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from fish_tuning.engines import after_deepspeed_steps
 from fish_tuning.masked_tensors.structure import entrances
 from fish_tuning.sparse.optimizers import check_optimizer
 from fish_tuning.sparse.registry import states
@@ -49,8 +48,6 @@ def _no_graph_of_its_own(hook: Callable[..., None]) -> Callable[..., None]:
 
 @_no_graph_of_its_own
 def _before_forward(state: MaskState, module: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        after_deepspeed_steps(_after_engine_step)
     state.before_forward(module)
 
 
@@ -74,16 +71,9 @@ def _explain_error(state: MaskState) -> None:
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if live := states():
-        _after_step(live, {id(p) for group in optimizer.param_groups for p in group["params"]})
-
-
-def _after_engine_step(model: nn.Module) -> None:
-    _after_step(states(), {id(p) for p in model.parameters()})
-
-
-def _after_step(live: list[MaskState], stepped: set[int]) -> None:
-    for state in live:
-        state.after_step(stepped)
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for state in live:
+            state.after_step(stepped)
 
 
 register_optimizer_step_pre_hook(check_optimizer)

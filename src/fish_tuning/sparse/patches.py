@@ -22,6 +22,7 @@ from torch import nn
 from fish_tuning.masked_tensors.parameters import as_buffers
 from fish_tuning.masked_tensors.structure import entrances
 from fish_tuning.masked_tensors.tensors import MaskedTensor, as_leaf
+from fish_tuning.sparse.deepspeed import follow_engines
 from fish_tuning.sparse.state import MaskState
 from fish_tuning.sparse.state_dict import load_tensors, owned
 
@@ -112,10 +113,11 @@ def _named_modules(
 ) -> Any:
     """What reads tensors with no method of the model's lists its modules first.
 
-    PEFT's get_layer_status wants to know what requires gradients, optimizers want the parameters,
-    and torch.export takes the tensors.
+    PEFT's get_layer_status wants to know what requires gradients, optimizers and engines want the
+    parameters, and torch.export takes the tensors.
     """
     if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        follow_engines()
         state.show_values()
         if not remove_duplicate:
             state.update_intact()

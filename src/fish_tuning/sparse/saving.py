@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from fish_tuning.engines import divided_by_zero_3
 from fish_tuning.mask.card import write_card
 from fish_tuning.mask.checkpoint import mask_folders, mask_of_checkpoint
 from fish_tuning.mask.files import JSON_FILE
@@ -168,6 +169,8 @@ def _save_pretrained(
     state: MaskState, model: Any, name: str, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The model's own save_pretrained, with the mask and its description beside what it writes."""
+    if kwargs.get("state_dict") is None:
+        _check_complete(model)
     state.check()
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = with_tensors(state, kwargs["state_dict"])
@@ -177,6 +180,20 @@ def _save_pretrained(
     # Of Trainers imported since, too: one that pushes saves the model first.
     patch_trainers()
     return result
+
+
+def _check_complete(model: nn.Module) -> None:
+    """Refuse to save what a process holds of a model that ZeRO-3 has divided.
+
+    Raises:
+        RuntimeError: It has.
+    """
+    if divided_by_zero_3(model):
+        raise RuntimeError(
+            "DeepSpeed ZeRO-3 leaves each process a part of the model: in all processes, gather it "
+            "with state_dict = accelerator.get_state_dict(engine); then, in the first, call "
+            "save_pretrained(folder, state_dict=state_dict)"
+        )
 
 
 def _upload_modified_files(
@@ -191,6 +208,7 @@ def _save_adapter(
     state: MaskState, model: Any, name: str, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The adapters library's save_adapter, with the mask beside what it writes."""
+    _check_complete(model)
     state.check()
     result = original(model, name)(save_directory, *args, **kwargs)
     write_mask(model, save_directory)

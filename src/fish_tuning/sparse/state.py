@@ -16,6 +16,7 @@ from torch import nn
 from torch._guards import detect_fake_mode
 
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.masked_tensors import zero3
 from fish_tuning.masked_tensors.parameters import (
     Orders,
     cast_unselected,
@@ -31,12 +32,10 @@ from fish_tuning.masked_tensors.sharding import let_sharding_find_values
 from fish_tuning.masked_tensors.storage import Group, grouped
 from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
 from fish_tuning.masked_tensors.tensors import MaskedTensor, View
+from fish_tuning.sparse import ddp
 from fish_tuning.sparse.calls import is_being_called, untraced
 from fish_tuning.sparse.idle_layers import IdleLayers
 from fish_tuning.sparse.registry import STATE, forget, remember
-
-DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-"""Where DistributedDataParallel looks for the names of what it leaves alone."""
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +120,14 @@ class MaskState:
         """Make tensors ordinary parameters again, with the numbers that they have now.
 
         Those that no longer fit their mask become parameters with what their modules hold.
+
+        Raises:
+            RuntimeError: DeepSpeed ZeRO-3 holds their values.
         """
         leaving = dict.fromkeys(tensors)
         if not leaving:
             return
+        zero3.check_whole(tensor.values for tensor in leaving if tensor.is_split)
         groups = {tensor.group: None for tensor in leaving if tensor.group is not None}
         touched = [tensor for group in groups for tensor in group.tensors]
         self._take_in([t for t in touched if t not in leaving or fits(t)], may_tie=True)
@@ -170,15 +173,12 @@ class MaskState:
             for name, value in list(vars(root).items()):
                 if isinstance(value, functools.partial) and self in value.args[:1]:
                     del vars(root)[name]
-            ignored = getattr(root, DDP_IGNORES, [])
-            setattr(root, DDP_IGNORES, [name for name in ignored if name not in self.ignored])
+            ddp.stop_ignoring(root, self.ignored)
 
     def ignore_in_ddp(self, root: nn.Module) -> None:
         """Keep DistributedDataParallel from broadcasting tensors of which nothing is trained."""
-        before = getattr(root, DDP_IGNORES, [])
-        new = {p.name for tensor in self.unselected for p in tensor.places}.difference(before)
-        setattr(root, DDP_IGNORES, [*before, *sorted(new)])
-        self.ignored |= new
+        names = (place.name for tensor in self.unselected for place in tensor.places)
+        self.ignored |= ddp.ignore(root, names)
 
     # Up to date: values and tensors hold the same numbers
 
@@ -272,7 +272,7 @@ class MaskState:
                 self.update()
                 self.running, self.thread = id(module), threading.get_ident()
                 for group in self.groups:
-                    group.version = _version(group.storage)
+                    group.version = group.writes()
                     self.differentiable += group.install_constants()
             return
         root = self.root()
@@ -285,12 +285,13 @@ class MaskState:
             self.agree_on_training()
             if root is not None and dist.is_available() and dist.is_initialized():
                 note_shards([root, *(child for _, _, child in self.edges)])
+                zero3.gather(self.groups)
             self.idle.look()
             self.thread = threading.get_ident()
         self.idle.running = True
         for group in self.groups:
             reconcile(group)
-            group.version = _version(group.storage)
+            group.version = group.writes()
         self.running = id(module)
         if torch.is_grad_enabled():
             for group in self.groups:
@@ -302,7 +303,7 @@ class MaskState:
             self._end_pass()
             if not torch.compiler.is_compiling():
                 # Constrained OFT projects its weights in its forward pass.
-                for group in [g for g in self.groups if _version(g.storage) != g.version]:
+                for group in [g for g in self.groups if g.writes() != g.version]:
                     reconcile(group)
 
     def _end_pass(self) -> None:
@@ -332,6 +333,7 @@ class MaskState:
         groups = [g for g in self.groups if any(id(t.values) in stepped for t in g.tensors)]
         if groups:
             self.steps_without_values = -1
+            zero3.gather(self.groups)
             self.update()
             for group in groups:
                 # A backward through an older forward pass fails, as it does without a mask.
@@ -375,11 +377,6 @@ class MaskState:
         memo[id(self)] = state
         state.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return state
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written in place; tensors of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class _NoRoot:

@@ -1,0 +1,61 @@
+"""Values that DeepSpeed ZeRO-3 has divided among processes.
+
+ZeRO-3 keeps a slice of every parameter in each process. It brings the parameter together while a
+module needs it, and leaves an empty tensor in its place otherwise. No module computes with the
+values, so the forward pass gathers them here. At other times, a process may be alone (the first one
+writes files), and goes by the numbers on which values and tensors last agreed: only DeepSpeed's own
+steps can change values that are away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fish_tuning.masked_tensors.storage import Group
+
+
+def is_divided(value: Any) -> bool:
+    """Whether ZeRO-3 holds a parameter."""
+    return hasattr(value, "ds_id")
+
+
+def is_away(value: Any) -> bool:
+    """Whether this process holds no more than a slice of values, of which there is at least one."""
+    return value.numel() == 0 and is_divided(value)
+
+
+def check_whole(values: Iterable[Any]) -> None:
+    """Check that ZeRO-3 does not hold values that are to be a part of their tensors again.
+
+    Raises:
+        RuntimeError: It does.
+    """
+    if any(map(is_divided, values)):
+        raise RuntimeError(
+            "a mask cannot be taken off a model that DeepSpeed ZeRO-3 has divided: save the "
+            "model, and load it again in a program without the engine"
+        )
+
+
+def gather(groups: Iterable[Group]) -> None:
+    """Bring values that are away together, until DeepSpeed's next step. All processes call."""
+    away: list[Any] = [v for group in groups for v in group.values() if is_away(v)]
+    for value in away:
+        # Otherwise each pass through their module would divide them, and gather them again.
+        value.ds_persist = True
+    if away:
+        away[0].all_gather(away)
+
+
+@torch.no_grad()
+def assign_slice(value: Any, new: Tensor) -> None:
+    """Write this process's slice of new numbers where ZeRO-3 gathers a parameter from."""
+    held = value.ds_tensor
+    start = held.numel() * value.ds_zero_partition_rank
+    mine = new.reshape(-1)[start : start + held.numel()]
+    held.data[: mine.numel()].copy_(mine)
