@@ -2,7 +2,8 @@
 
 import matplotlib.style
 from matplotlib.figure import Figure
-from study_page import STUDY, TASKS, labeled, runs_of, values
+from study_page import TASKS, labeled, runs_of
+from study_runs import STUDY, values
 
 from fish_tuning.experiments.report.statistics import Difference, pooled_difference
 

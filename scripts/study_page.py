@@ -6,30 +6,21 @@ same page.
 """
 
 import argparse
-import csv
-import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
+from study_runs import STUDY, difference_of, filled, interval, read_runs, take, values
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, group_runs
 from fish_tuning.experiments.report.figures.picture import picture_style
-from fish_tuning.experiments.report.results_csv import csv_table
-from fish_tuning.experiments.report.statistics import (
-    Difference,
-    paired_difference,
-    pooled_difference,
-    spread,
-)
+from fish_tuning.experiments.report.statistics import Difference, pooled_difference, spread
 from fish_tuning.experiments.report.summary_table import format_spread
-from fish_tuning.experiments.results import Results, Run, read_results
+from fish_tuning.experiments.results import Results
 from fish_tuning.experiments.runs.search import chosen_learning_rates
 from fish_tuning.experiments.tables import Table
 
-STUDY = Path(__file__).parents[1] / "docs" / "study"
 TASKS = ("sst2", "text", "mrpc", "cola")
 """Tasks over which the differences are averaged."""
 RANKS = ("ranks_sst2",)
@@ -82,19 +73,17 @@ def main() -> None:
     """Take the sweeps named on the command line, and write the page and its figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--take", type=Path, nargs="*", default=[], help="folders of sweeps")
-    for folder in parser.parse_args().take:
-        results = read_results(folder)
-        (STUDY / "runs" / f"{results.name}.csv").write_text(csv_table([results]), encoding="utf-8")
+    take(parser.parse_args().take, STUDY / "runs")
     page = STUDY / "README.md"
-    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
     figure = differences_figure(pooled_differences())
     with picture_style():
         figure.savefig(STUDY / "differences.svg", metadata={"Date": None})
 
 
-def filled(text: str) -> str:
-    """Return the page with the table between each pair of markers rebuilt."""
-    tables = {
+def tables() -> dict[str, Table]:
+    """Make all tables of the page, by the names in its markers."""
+    return {
         "pooled": differences_table(TASKS),
         "carried_over": differences_table(DECODER),
         "ranks": differences_table(RANKS),
@@ -104,37 +93,11 @@ def filled(text: str) -> str:
         **{name: task_table(name) for name in (*TASKS, *DECODER, *RANKS)},
     }
 
-    def replace(match: re.Match[str]) -> str:
-        table = tables[match[1]].markdown(escape=str)
-        return f"<!-- table: {match[1]} -->\n\n{table}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
-
-
-@cache
 def runs_of(name: str) -> Results:
-    """Read the runs of the sweep `name` and of those called `name_...`."""
-    runs: list[Run] = []
-    for file in sorted((STUDY / "runs").glob("*.csv")):
-        if file.stem == name or file.stem.startswith(f"{name}_"):
-            with file.open(encoding="utf-8", newline="") as stream:
-                runs += map(_run, csv.DictReader(stream))
-    return Results(
-        name=name,
-        config={},
-        runs=[run for run in runs if run.held_out is None],
-        search=[run for run in runs if run.held_out is not None],
-    )
-
-
-def _run(row: Mapping[str, str]) -> Run:
-    known = {name: row[name] for name in row.keys() & Run.model_fields.keys() if row[name]}
-    metrics = {
-        name.removeprefix("metrics."): float(value)
-        for name, value in row.items()
-        if name.startswith("metrics.") and value
-    }
-    return Run.model_validate({"ratio": None, **known, "config": {}, "metrics": metrics})
+    """Read the runs of a sweep and of those whose names continue its name."""
+    files = sorted((STUDY / "runs").glob("*.csv"))
+    return read_runs(*(f for f in files if f.stem == name or f.stem.startswith(f"{name}_")))
 
 
 def labeled(results: Results) -> dict[str, ArmRuns]:
@@ -146,11 +109,6 @@ def labeled(results: Results) -> dict[str, ArmRuns]:
             label += " (small)" if group.ratio < SMALL else f" ({100 * group.ratio:.3g}%)"
         groups[label] = group
     return groups
-
-
-def values(group: ArmRuns, metric: str = "") -> dict[int, float]:
-    """Return a metric by seed; by default the main one."""
-    return group.by_seed(metric or group.runs[0].main_metric or "")
 
 
 def pooled_differences(
@@ -185,13 +143,6 @@ def differences_table(tasks: tuple[str, ...]) -> Table:
     return Table(("arm", "compared with", "points", *each, "loss"), tuple(rows))
 
 
-def difference_of(groups: Mapping[str, ArmRuns], arm: str, baseline: str) -> Difference | None:
-    """Return the difference of two arms on one task, paired by seed; None without one of them."""
-    if arm not in groups or baseline not in groups:
-        return None
-    return paired_difference(values(groups[arm]), values(groups[baseline]))
-
-
 def peers_table() -> Table:
     """Every other method on SST-2, and how far ahead of it FISH of the same size is."""
     groups = labeled(runs_of("sst2")) | labeled(runs_of("peers_sst2"))
@@ -202,14 +153,6 @@ def peers_table() -> Table:
             rows.append((*arm_cells(peer, groups[peer])[:-2], fish, interval(difference)))
     headers = ("method", *arm_headers("accuracy"), "compared with", "FISH ahead by")
     return Table(headers, tuple(rows))
-
-
-def interval(difference: Difference, style: str = "{:+.2f}", unit: float = 100) -> str:
-    """Write a difference with its interval; by default in points (hundredths)."""
-    mean, *bounds = (
-        style.format(unit * value) for value in (difference.mean, *(difference.interval or ()))
-    )
-    return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 
 
 def arm_cells(label: str, group: ArmRuns) -> tuple[str, ...]:
