@@ -23,7 +23,7 @@ from fish_tuning.experiments.tables import Table
 
 TASKS = ("sst2", "text", "mrpc", "cola")
 """Tasks over which the differences are averaged."""
-RANKS = ("ranks_sst2",)
+RANKS = ("ranks_sst2", "ranks_text")
 """Ranks by Fisher information; the unit of their budgets is LoRA of rank 2."""
 DECODER = ("decoder",)
 """The second architecture, on the task of `text`."""
