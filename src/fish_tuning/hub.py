@@ -67,9 +67,10 @@ def find_file(
         )
     if (folder := Path(directory)).is_dir():
         if not (path := folder / filename).is_file():
+            inside = sorted(str(found.parent) for found in folder.glob(f"*/{filename}"))
             raise FileNotFoundError(
                 f"{path} does not exist: {folder} holds no complete {contents}. Name the folder "
-                f"that {writer} wrote."
+                f"that {writer} wrote" + (f", such as {inside[0]}" if inside else "") + "."
             )
         return path
     from huggingface_hub import hf_hub_download

@@ -66,3 +66,31 @@ def test_adapters_named_like_layers(tmp_path):
     loaded = PeftModel.from_pretrained(Stack(), tmp_path / "1", "1", is_trainable=True)
     apply_mask(loaded, FishMask.from_pretrained(tmp_path / "1"))
     loaded.load_adapter(tmp_path / "1", "1", is_trainable=True)
+
+
+@pytest.mark.parametrize("head", [None, ["last"]])
+def test_a_mask_goes_with_an_adapter_that_is_loaded_under_another_name(tmp_path, head):
+    """Guards against masks that fit under one name alone: PEFT's files hold no names."""
+    torch.manual_seed(0)
+    config = LoraConfig(**LORA, modules_to_save=head)
+    model = get_peft_model(Mlp(), config, adapter_name="mine")
+    apply_mask(model, random_mask(model, "mine"))
+    model.save_pretrained(tmp_path)
+    mask = FishMask.from_pretrained(tmp_path / "mine")
+    loaded = PeftModel.from_pretrained(Mlp(), tmp_path / "mine", is_trainable=True)
+    apply_mask(loaded, mask)
+    found = get_mask(loaded, "default")
+    assert len(found) == len(mask)
+    assert found == FishMask({n.replace(".mine", ".default"): bits for n, bits in mask.items()})
+    assert found.provenance == mask.provenance
+
+
+def test_a_mask_of_another_adapter_of_the_model_is_not_renamed():
+    """Guards against the mask of one adapter that is put on another by mistake."""
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), LoraConfig(**LORA), adapter_name="mine")
+    mask = FishMask(random_mask(model, "mine"))
+    model.add_adapter("other", LoraConfig(**LORA))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="frozen parameters"):
+        apply_mask(model, mask)

@@ -11,7 +11,7 @@ from fish_tuning.arguments import check_mask
 from fish_tuning.distributed import check_equal
 from fish_tuning.engines import check_maskable, check_model
 from fish_tuning.mask.mask import FishMask
-from fish_tuning.sparse.adapter_names import belongs_to_adapter
+from fish_tuning.sparse.adapter_names import belongs_to_adapter, for_active_adapter
 from fish_tuning.sparse.checks import (
     check_fits,
     check_gradients_unused,
@@ -47,7 +47,9 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     Args:
         model: The model, for instance a `PeftModel`.
         mask: A `FishMask`, or any mapping from parameter names to boolean or 0/1 tensors of the
-            parameters' shapes.
+            parameters' shapes. If it is that of a PEFT adapter of another name, which the model
+            does not have, it is applied to the active adapter: adapters can be loaded under any
+            name.
 
     Returns:
         The same model.
@@ -67,9 +69,10 @@ def apply_mask(model: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     """
     check_maskable(model)
     check_mask("mask", mask)
-    check_unmasked(model, mask)
     mask = mask if isinstance(mask, FishMask) else FishMask(mask)
     parameters = dict(model.named_parameters())
+    mask = for_active_adapter(model, mask, parameters)
+    check_unmasked(model, mask)
     check_fits(parameters, mask)
     check_gradients_unused(model, mask, [name for name, bits in mask.items() if not bits.all()])
     # An engine would send the values alone: what they are written into has to be equal before.
