@@ -132,7 +132,7 @@ def test_zero_trains_as_one_process(stage, clipping, tmp_path):
             assert kind == "ValueError" and message.endswith("before you prepare it")
 
 
-def train_bf16(rank, model, mask, config):
+def train(rank, model, mask, config):
     apply_mask(model, mask)
     engine, _, accelerator = prepared(model, config)
     for step in range(STEPS):
@@ -149,9 +149,9 @@ def test_bf16(stage, tmp_path):
     mask = random_mask(model)
     mask[next(iter(mask))].zero_()  # One tensor is not selected from at all.
     before = tensors_of(model, mask)
-    precise = in_processes(2, tmp_path / "a", train_bf16, model, mask, settings(stage))
+    precise = in_processes(2, tmp_path / "a", train, model, mask, settings(stage))
     config = settings(stage, bf16={"enabled": True})
-    by_rank = in_processes(2, tmp_path / "b", train_bf16, model, mask, config)
+    by_rank = in_processes(2, tmp_path / "b", train, model, mask, config)
     assert_identical(by_rank)
     for name, bits in mask.items():
         tensor = by_rank[0][name]
@@ -229,6 +229,70 @@ def test_zero_3_trains_as_one_process(count, persistent, clipping, tmp_path):
             assert saving[0] == "RuntimeError" and "get_state_dict(engine)" in saving[1]
 
 
+def checkpointed(rank, folder, model, mask, stage):
+    config = settings(stage)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    apply_mask(model, mask)
+    engine, _, accelerator = prepared(model, config)
+    gathered = accelerator.get_state_dict(engine)  # Before the first forward pass, too.
+    for step in range(2):
+        step_of(engine, accelerator, model, rank, step)
+    engine.save_checkpoint(str(folder))
+    if stage == 3:
+        engine.save_16bit_model(str(folder))
+    with all_parameters(model):
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = accelerator.get_state_dict(engine)
+    if rank == 0:
+        assert list(gathered) == list(after)
+        assert_identical([saved, {name: after[name] for name in saved}])
+        model.save_pretrained(folder / "adapter", state_dict=after)
+    for step in range(2, 4):
+        step_of(engine, accelerator, model, rank, step)
+    with all_parameters(model):
+        return saved, tensors_of(model, mask)
+
+
+def resumed(rank, folder, model, mask, stage):
+    apply_mask(model, mask)
+    engine, _, accelerator = prepared(model, settings(stage))
+    engine.load_checkpoint(str(folder))
+    for step in range(2, 4):
+        step_of(engine, accelerator, model, rank, step)
+    converted = import_module("deepspeed.utils.zero_to_fp32")
+    with all_parameters(model):
+        return tensors_of(model, mask), converted.get_fp32_state_dict_from_zero_checkpoint(folder)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints(stage, tmp_path):
+    """Guards against files with values under the names of their tensors, and against an engine
+    that goes on with others than it has saved."""
+    model, folder = lora_bert(), tmp_path / "saved"
+    mask = random_mask(model)
+    mask[next(iter(mask))].zero_()  # One tensor is not selected from at all.
+    by_rank = in_processes(
+        2, tmp_path / "a", checkpointed, folder, copy.deepcopy(model), mask, stage
+    )
+    saved = by_rank[0][0]
+    arguments = folder, copy.deepcopy(model), mask, stage
+    again = in_processes(2, tmp_path / "b", resumed, *arguments)
+    assert_identical([tensors for _, tensors in by_rank] + [tensors for tensors, _ in again])
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert FishMask.from_pretrained(folder / "adapter") == FishMask(mask)
+    for name, tensor in adapter.items():
+        (whole,) = {name, *(n for n in mask if in_file(n) == name)} & saved.keys()
+        assert torch.equal(tensor, saved[whole]), name
+    if stage == 3:
+        whole = torch.load(folder / "pytorch_model.bin")
+        assert_identical([saved, {name: whole[name] for name in saved}])
+    values = again[0][1]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(values, strict=False)
+    apply_mask(model, mask).load_state_dict(values)
+    assert_identical([saved, model.state_dict()])
+
+
 def prepared_without_mask(rank, model, mask):
     engine, *_ = prepared(model, settings(3))
     return error_of(scored, engine, []), error_of(apply_mask, engine.module, mask)
@@ -241,6 +305,11 @@ def test_a_model_that_zero_3_has_divided_is_refused(tmp_path):
         for kind, message in errors:
             assert kind == "ValueError" and message.startswith("DeepSpeed ZeRO-3 has divided")
             assert "before the engine takes it" in message
+
+
+def in_file(name):
+    """The name under which PEFT saves a tensor."""
+    return name.replace(".default.", ".").replace(".modules_to_save.", ".")
 
 
 def trainer_for(folder, model, mask, config, **arguments):
@@ -352,9 +421,6 @@ def test_trainer(stage, tmp_path):
         assert_identical([two, saved])
         assert at is not None and at.endswith("checkpoint-4")  # The losses rise.
         kept = load_file(tmp_path / "two" / "checkpoint-4" / "adapter_model.safetensors")
-        in_file = {
-            name.replace(".default.", ".").replace(".modules_to_save.", "."): tensor
-            for name, tensor in best.items()
-        }
-        assert_identical([kept, {name: in_file.pop(name) for name in kept}])
-        assert not in_file
+        named = {in_file(name): tensor for name, tensor in best.items()}
+        assert_identical([kept, {name: named.pop(name) for name in kept}])
+        assert not named

@@ -54,8 +54,17 @@ def gather(groups: Iterable[Group]) -> None:
 
 @torch.no_grad()
 def assign_slice(value: Any, new: Tensor) -> None:
-    """Write this process's slice of new numbers where ZeRO-3 gathers a parameter from."""
+    """Write this process's slice of new numbers where ZeRO-3 gathers a parameter from.
+
+    Raises:
+        RuntimeError: ZeRO-3 keeps the slices on disk.
+    """
     held = value.ds_tensor
+    if held.numel() < held.ds_numel:
+        raise RuntimeError(
+            "DeepSpeed keeps the trained values on disk (offload_param to nvme), out of reach of "
+            "what is written into their tensors: load weights before the engine takes the model"
+        )
     start = held.numel() * value.ds_zero_partition_rank
     mine = new.reshape(-1)[start : start + held.numel()]
     held.data[: mine.numel()].copy_(mine)
