@@ -423,3 +423,18 @@ def test_a_cast_of_one_tensor_leaves_the_others():
         model.state_dict()
     assert owner_of(twins.masked, unselected)[0].weight.dtype == torch.float64
     twins.assert_same_state()
+
+
+@pytest.mark.parametrize(
+    ("kind", "operations"),
+    [
+        # A part of the model was called by itself after a write, and the step was refused.
+        (OWN, [(train, 0)] * 4 + [(write_in_place, 1), (train_around_the_root, 0)]),
+        # Freezing an adapter brought back an unselected tensor as it was before a cast.
+        ("embedding", [(train, 0)] * 3 + [(cast, 65533), (freeze_adapter, 1)]),
+        # A pair of tied tensors was loaded one after the other.
+        (TIED, [(load_state_dict, 20668)]),
+    ],
+)
+def test_sequences_that_failed(kind, operations):
+    run(kind, operations)

@@ -52,6 +52,8 @@ class Group:
         """`writes()` when the last forward pass began."""
         self.only_values_cast = False
         """Whether it no longer holds since somebody has cast values, but not their tensors."""
+        self.was_bypassed = False
+        """Whether gradients have come since the last step from parts of the model, called alone."""
         self.has_conflict = torch.zeros((), dtype=torch.bool, device=self.storage.device)
         for tensor in self.tensors:
             tensor.is_trained = tensor.values.requires_grad

@@ -221,6 +221,7 @@ class MaskedTensor:
                 "which fully_shard does not allow: call the model that was masked, and checkpoint "
                 "with use_reentrant=False"
             )
+        self.group.was_bypassed = True
         positions = self.group.index[self.selected].long() - self.entries.start
         selected = view.flatten(gradient)[positions].view(self.values_shape).to(values)
         values.grad = selected if values.grad is None else values.grad + selected

@@ -1,4 +1,4 @@
-"""Hooks that keep a masked model up to date: in forward passes and after optimizer steps."""
+"""Hooks that keep a masked model up to date: in forward passes and around optimizer steps."""
 
 from __future__ import annotations
 
@@ -69,6 +69,11 @@ def _explain_error(state: MaskState) -> None:
         )
 
 
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for state in states():
+        state.before_step()
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if live := states():
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -77,4 +82,5 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
 
 
 register_optimizer_step_pre_hook(check_optimizer)
+register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -17,11 +17,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from fish_tuning.masked_tensors.parameters import as_buffers
 from fish_tuning.masked_tensors.structure import entrances
-from fish_tuning.masked_tensors.tensors import MaskedTensor, as_leaf
+from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, as_leaf
 from fish_tuning.sparse.deepspeed import follow_engines
 from fish_tuning.sparse.state import MaskState
 from fish_tuning.sparse.state_dict import load_tensors, owned
@@ -231,19 +231,20 @@ def _as_parameters(tensors: list[MaskedTensor]) -> Iterator[None]:
     """Let PEFT find unselected tensors as the parameters that they were."""
     # One of its methods may call another.
     tensors = [t for t in tensors if all(p.attribute in p.module._buffers for p in t.places)]
+    buffers: dict[Place, Tensor] = {}
     for tensor in tensors:
         for place in tensor.places:
             buffer = place.module._buffers.pop(place.attribute)
             assert buffer is not None
+            buffers[place] = buffer
             parameter = nn.Parameter(buffer, tensor.was_trainable)
             place.module._parameters[place.attribute] = parameter
     try:
         yield
     finally:
         for tensor in tensors:
-            for view in tensor.views:
-                for place in view.places:
-                    held = place.module._parameters.pop(place.attribute)
-                    assert held is not None
-                    tensor.was_trainable = held.requires_grad
-                    place.module._buffers[place.attribute] = view.leaf
+            for place in tensor.places:
+                held = place.module._parameters.pop(place.attribute)
+                assert held is not None
+                tensor.was_trainable = held.requires_grad
+                place.module._buffers[place.attribute] = buffers[place]

@@ -328,6 +328,13 @@ class MaskState:
         self._end_pass()
         return False
 
+    def before_step(self) -> None:
+        """Take in what was written to a tensor before a part of the model was called alone."""
+        if any(group.was_bypassed for group in self.groups):
+            self.update()
+        for group in self.groups:
+            group.was_bypassed = False
+
     def after_step(self, stepped: set[int]) -> None:
         """Bring the tensors up to date after an optimizer has stepped parameters of these ids."""
         groups = [g for g in self.groups if any(id(t.values) in stepped for t in g.tensors)]
