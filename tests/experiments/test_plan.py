@@ -243,6 +243,14 @@ def test_bound_where_examples_are_not_counted(tmp_path):
     [
         ("lora: {target_modules: [qury]}", r"lora\.target_modules: \['qury'\] does not fit"),
         (
+            "lora: {target_modules: [query, valu]}",
+            r"no module 'valu', did you mean 'value'\?; its linear modules are .*key, query, value",
+        ),
+        (
+            "peers: [{method: LORA, config: {target_modules: [key, q_proj]}}]",
+            r"peers: LORA: \['key', 'q_proj'\] does not fit .*: the model has no module 'q_proj'; ",
+        ),
+        (
             "fish_tuning: {prune_to_ratio_of_baseline: 0.00001}",
             r"prune_to_ratio_of_baseline: 1e-05 of the baseline is 0 parameters.*from 1 to",
         ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fish_tuning.experiments.arms import LORA_FA, Arm, baseline
 from fish_tuning.experiments.config.adapters import AdapterConfig
@@ -21,6 +23,8 @@ from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.errors import ConfigError
 from fish_tuning.experiments.models.load import meta_model
 from fish_tuning.names import side_of
+
+_LINEAR = (nn.Linear, Conv1D)
 
 SCALING = 2
 """LoRA's alpha / rank, as in the published experiments."""
@@ -50,7 +54,7 @@ def add_adapter(
             that they are chosen by.
 
     Raises:
-        ConfigError: PEFT refuses the method's config, or finds no module to adapt.
+        ConfigError: PEFT refuses the method's config, or a module to adapt does not exist.
     """
     if arm.own_weights is not None:
         trained = _own_weights(arm, config, model)
@@ -58,10 +62,7 @@ def add_adapter(
             parameter.requires_grad_(name in trained)
         return model
     settings = _peft_config(arm, config, model, total_steps, ranks)
-    try:
-        adapted: nn.Module = get_peft_model(model, settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _refused(arm, config, model, error) from error
+    adapted = _adapted(model, arm, config, settings)
     if arm.name == LORA_FA and arm.adapter is None:
         for name, parameter in adapted.named_parameters():
             if side_of(name) == "A":
@@ -233,16 +234,50 @@ def _own_config(
     return made
 
 
+def _adapted(
+    model: PreTrainedModel, arm: Arm, config: ExperimentConfig, settings: PeftConfig
+) -> nn.Module:
+    modules = dict(model.named_modules())
+    try:
+        adapted: nn.Module = get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _refused(arm, config, settings, modules, error) from error
+    if _unknown_targets(settings, modules):
+        raise _refused(arm, config, settings, modules)
+    return adapted
+
+
+def _unknown_targets(settings: PeftConfig, modules: Iterable[str]) -> list[str]:
+    """Listed target modules that do not exist. PEFT skips them as long as one other does."""
+    targets = getattr(settings, "target_modules", None)
+    if not isinstance(targets, (list, set)):
+        return []
+    return sorted(t for t in targets if not any(f".{m}".endswith(f".{t}") for m in modules))
+
+
 def _refused(
-    arm: Arm, config: ExperimentConfig, model: PreTrainedModel, error: Exception
+    arm: Arm,
+    config: ExperimentConfig,
+    settings: PeftConfig,
+    modules: Mapping[str, nn.Module],
+    error: Exception | None = None,
 ) -> ConfigError:
     key = arm.config_key if arm.adapter else "lora.target_modules"
     if "specify `target_modules`" in str(error):
         return ConfigError(
-            f"{key}: PEFT has no default for models of type {model.config.model_type!r}; set "
+            f"{key}: PEFT has no default for models of type {modules[''].config.model_type!r}; set "
             "lora.target_modules to names of linear modules, or to all-linear"
         )
-    return ConfigError(
-        f"{key}: {config.lora.target_modules!r} does not fit {config.model.name!r}: "
-        f"{str(error).splitlines()[0]}"
-    )
+    unknown = _unknown_targets(settings, modules)
+    reason = str(error).splitlines()[0]
+    if unknown:
+        linear = {m.rpartition(".")[2] for m, of in modules.items() if isinstance(of, _LINEAR)}
+        meant = get_close_matches(unknown[0], linear, n=1)
+        reason = (
+            f"the model has no module {' or '.join(map(repr, unknown))}"
+            f"{f', did you mean {meant[0]!r}?' if meant else ''}; its linear modules are "
+            f"{', '.join(sorted(linear))}"
+        )
+    targets = getattr(settings, "target_modules", None)
+    shown = sorted(targets) if isinstance(targets, set) else targets
+    return ConfigError(f"{key}: {shown!r} does not fit {config.model.name!r}: {reason}")
