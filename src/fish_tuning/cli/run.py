@@ -120,9 +120,9 @@ def _launch(words: list[str], num_processes: int) -> None:
 
 
 def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
-    from fish_tuning.experiments.report.comparison import compare
+    from fish_tuning.experiments.report.comparison import compare, summarize_search
     from fish_tuning.experiments.report.summary_table import comparison_table, forgetting_table
-    from fish_tuning.experiments.report.verdict import verdict
+    from fish_tuning.experiments.report.verdict import search_verdict, verdict
     from fish_tuning.experiments.report.write import write_report
     from fish_tuning.experiments.runs import processes
     from fish_tuning.experiments.runs.sweep import run_checked
@@ -137,7 +137,7 @@ def _run(checked: CheckedExperiment, name: str, ray_cpus: int | None) -> None:
     for table in (comparison_table(comparison), forgetting_table(comparison)):
         if table.headers:
             stdout().print(table.terminal())
-    for finding in verdict(comparison):
+    for finding in [*verdict(comparison), *search_verdict(summarize_search(results))]:
         stdout().print(str(finding), markup=False)
     for path in paths:
         show(str(path))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fish_tuning.experiments.report.comparison import compare, pool
-from fish_tuning.experiments.report.verdict import pooled_verdict, verdict
+from fish_tuning.experiments.report.comparison import SearchSummary, compare, pool
+from fish_tuning.experiments.report.verdict import pooled_verdict, search_verdict, verdict
 from fish_tuning.experiments.results import Results
 from tests.experiments.sweep_sample import make_run
 
@@ -52,7 +52,7 @@ def test_behind_and_undecided():
     values = {"lora": [0.5, 0.5, 0.5], "fish": [0.7, 0.4, 0.5], "rand": [0.3, 0.3, 0.2]}
     found = sentences(**values)
     assert found[1].startswith("Behind Original LoRA: LoRA-FISH-rand by 0.2333 (interval 0.2")
-    assert found[2].startswith("These seeds cannot tell from Original LoRA: LoRA-FISH (+0.0333, ")
+    assert found[2].startswith("No clear difference from Original LoRA: LoRA-FISH (+0.0333, ")
     assert found[3].startswith("Ahead of LoRA-FISH-rand: LoRA-FISH by 0.2667")
 
 
@@ -81,8 +81,36 @@ def test_a_control_that_is_the_best_arm():
     """Guards the other arms, which are compared with it too, and not only FISH."""
     found = sentences(rand=[0.6, 0.7, 0.6], fish=[0.6, 0.7, 0.5], other=[0.2, 0.3, 0.2])
     assert found[1].startswith("Behind LoRA-FISH-rand: other by 0.4000")
-    assert found[2].startswith("These seeds cannot tell from LoRA-FISH-rand: LoRA-FISH (-0.0333")
+    assert found[2].startswith("No clear difference from LoRA-FISH-rand: LoRA-FISH (-0.0333")
     assert not any("Ahead" in sentence for sentence in found)
+
+
+def test_arms_that_share_the_best_value():
+    """Guards against naming the first of several equal arms as the best one."""
+    found = sentences(lora=[0.9, 1.0], fish=[0.9, 1.0], rand=[1.0, 0.9], other=[0.5, 0.5])
+    assert found[0] == (
+        "Original LoRA, LoRA-FISH and LoRA-FISH-rand share the highest Accuracy: "
+        "0.9500 on average over 2 seeds."
+    )
+    [unclear] = [text for text in found if text.startswith("No clear difference from Original")]
+    assert "LoRA-FISH (the same with every seed); LoRA-FISH-rand (+0.0000, interval -" in unclear
+
+
+def test_learning_rates_at_the_edge_of_a_search():
+    """Guards against an arm that loses because the search ended too early."""
+    searched = [
+        SearchSummary("inside", {1e-3: None, 3e-3: None, 9e-3: None}, 3e-3),
+        SearchSummary("high", {1e-3: None, 9e-3: None}, 9e-3),
+        SearchSummary("low", {1e-3: None, 9e-3: None}, 1e-3),
+        SearchSummary("only one", {1e-3: None}, 1e-3),
+        SearchSummary("not yet known", {1e-3: None, 9e-3: None}, None),
+    ]
+    assert [str(finding) for finding in search_verdict(searched)] == [
+        "The search chose the highest learning rate that it tried, and a higher one may be "
+        "better: high (0.009).",
+        "The search chose the lowest learning rate that it tried, and a lower one may be "
+        "better: low (0.001).",
+    ]
 
 
 @pytest.mark.parametrize("runs", [[], [make_run("LoRA-FISH", 1, main_metric=None, metrics={})]])

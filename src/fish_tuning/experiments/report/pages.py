@@ -34,7 +34,7 @@ from fish_tuning.experiments.report.summary_table import (
     run_table,
     search_table,
 )
-from fish_tuning.experiments.report.verdict import pooled_verdict, verdict
+from fish_tuning.experiments.report.verdict import pooled_verdict, search_verdict, verdict
 from fish_tuning.experiments.results import Results, Run
 from fish_tuning.experiments.tables import markdown_text
 
@@ -133,19 +133,20 @@ def _section(sweep: Results, comparison: Comparison) -> dict[str, Any]:
     """What the templates show of one sweep."""
     model, dataset = model_and_dataset(sweep)
     config = config_of(sweep)
+    searched = summarize_search(sweep)
     return {
         "name": sweep.name,
         "model": model,
         "dataset": dataset,
         "completeness": completeness(sweep),
-        "verdict": verdict(comparison),
+        "verdict": [*verdict(comparison), *search_verdict(searched)],
         "checkpoint": explain_checkpoint(sweep.runs, config),
         "arms": color_by_arm(group.arm for group in comparison.groups),
         "explanations": explain_arms(comparison.groups, config),
         "table": comparison_table(comparison),
         "forgetting": forgetting_table(comparison),
         "table_arms": [group.arm for group in comparison.groups],
-        "search": search_table(summarize_search(sweep)),
+        "search": search_table(searched),
         "example": _example(comparison),
         "runs": run_table(sweep.runs, comparison.metric),
         "run_arms": [run.arm for run in sweep.runs],

@@ -9,7 +9,12 @@ from fish_tuning.experiments.arms import CRITERIA
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.metrics.names import greater_is_better
 from fish_tuning.experiments.report.arm_runs import ArmRuns, baseline_of
-from fish_tuning.experiments.report.comparison import ArmSummary, Comparison, PooledArm
+from fish_tuning.experiments.report.comparison import (
+    ArmSummary,
+    Comparison,
+    PooledArm,
+    SearchSummary,
+)
 from fish_tuning.experiments.report.statistics import Difference, paired_difference
 from fish_tuning.experiments.report.summary_table import metric_title
 
@@ -50,6 +55,8 @@ class _Contest:
         mean, interval = self.difference.mean, self.difference.interval
         if interval is None:
             return f"{self.arm} ({mean:+.4f}, no interval)"
+        if mean == 0 == interval[0] == interval[1]:
+            return f"{self.arm} (the same with every seed)"
         if self.outcome == "unclear":
             return f"{self.arm} ({mean:+.4f}, interval {interval[0]:+.4f} to {interval[1]:+.4f})"
         low, high = sorted(abs(bound) for bound in interval)
@@ -95,6 +102,25 @@ def pooled_verdict(pooled: Sequence[PooledArm], metric: str) -> list[Finding]:
     return _findings(contests, ORIGINAL_LORA)
 
 
+def search_verdict(searched: Iterable[SearchSummary]) -> list[Finding]:
+    """Say for which arms the best learning rate may be beyond those that were tried."""
+    at: dict[str, list[str]] = {"highest": [], "lowest": []}
+    for arm in searched:
+        rates = sorted(arm.metric)
+        if len(rates) > 1 and arm.chosen in (rates[0], rates[-1]):
+            edge = "highest" if arm.chosen == rates[-1] else "lowest"
+            at[edge].append(f"{arm.label} ({arm.chosen:g})")
+    return [
+        Finding(
+            f"The search chose the {edge} learning rate that it tried, and a "
+            f"{edge.removesuffix('est')}er one may be better:",
+            tuple(arms),
+        )
+        for edge, arms in at.items()
+        if arms
+    ]
+
+
 def _mean(arm: ArmSummary) -> float:
     assert arm.metric is not None
     return arm.metric.mean
@@ -102,12 +128,19 @@ def _mean(arm: ArmSummary) -> float:
 
 def _headline(metric: str, sign: int, best: ArmSummary, known: Sequence[ArmSummary]) -> Finding:
     assert best.metric is not None
-    count = best.metric.count
-    text = (
-        f"{best.label} has the {'highest' if sign > 0 else 'lowest'} {metric_title(metric)}: "
-        f"{_mean(best):.4f} {f'on average over {count} seeds' if count > 1 else 'with one seed'}"
+    count, shown = best.metric.count, f"{_mean(best):.4f}"
+    equal = [
+        arm
+        for arm in known
+        if arm.metric and f"{_mean(arm):.4f}" == shown and arm.metric.count == count
+    ]
+    *others, last = [arm.label for arm in equal]
+    text = f"{', '.join(others)} and {last} share" if others else f"{best.label} has"
+    text += (
+        f" the {'highest' if sign > 0 else 'lowest'} {metric_title(metric)}: "
+        f"{shown} {f'on average over {count} seeds' if count > 1 else 'with one seed'}"
     )
-    baseline = next((arm for arm in known if arm.is_baseline and arm is not best), None)
+    baseline = next((arm for arm in known if arm.is_baseline and arm not in equal), None)
     if baseline is not None:
         text += f"; {ORIGINAL_LORA} has {_mean(baseline):.4f}"
     return Finding(f"{text}.")
@@ -147,7 +180,7 @@ def _findings(contests: Iterable[_Contest], other: str) -> list[Finding]:
     starts = {
         "ahead": f"Ahead of {other}:",
         "behind": f"Behind {other}:",
-        "unclear": f"These seeds cannot tell from {other}:",
+        "unclear": f"No clear difference from {other}:",
     }
     return [Finding(starts[key], tuple(of_key)) for key, of_key in texts.items() if of_key]
 
