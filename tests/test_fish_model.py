@@ -202,8 +202,8 @@ def test_provenance_is_saved(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_trainable": HEAD}, r"num_trainable=39 is not an integer from 40 to"),
-        ({"num_trainable": 10**6}, r"num_trainable=1000000 is not an integer from 40 to"),
+        ({"num_trainable": HEAD}, r"num_trainable=39 must be an integer from 40 to"),
+        ({"num_trainable": 10**6}, r"num_trainable=1000000 must be an integer from 40 to"),
         ({"keep_ratio": 0.5, "names_to_exclude": (".",)}, "nothing is left to select from"),
         ({"keep_ratio": 0.5, "names_to_exclude": ("(",)}, "not a regular expression"),
     ],

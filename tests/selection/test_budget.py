@@ -30,13 +30,13 @@ def test_num_trainable_out_of_range(num_trainable):
     """Guards against a budget that the dense tensors already use up, or that the pool cannot
     fill."""
     scores = {"a": torch.rand(10), "head": torch.rand(5)}
-    with pytest.raises(ValueError, match=r"num_trainable=.* is not an integer from 6 to 15: 5 "):
+    with pytest.raises(ValueError, match=r"num_trainable=.* must be an integer from 6 to 15: 5 "):
         create_mask_from_fisher(scores, names_to_exclude="head", num_trainable=num_trainable)
 
 
 def test_true_is_not_a_count():
     """Guards against num_trainable=True, which Python takes for 1."""
-    with pytest.raises(ValueError, match="num_trainable=True is not an integer from 1 to 10"):
+    with pytest.raises(ValueError, match="num_trainable=True must be an integer from 1 to 10"):
         create_mask_from_fisher({"a": torch.rand(10)}, num_trainable=True)
 
 

@@ -87,8 +87,9 @@ def _quota_of_total(num_trainable: int | None, pool: int, num_dense: int) -> int
         or not num_dense < num_trainable <= num_dense + pool
     ):
         raise ValueError(
-            f"num_trainable={num_trainable!r} is not an integer from {num_dense + 1:,} to "
-            f"{num_dense + pool:,}: {num_dense:,} entries of excluded tensors are always trained, "
-            f"and 1 to {pool:,} others can be selected. Change it, or names_to_exclude."
+            f"num_trainable={num_trainable!r} must be an integer from {num_dense + 1:,} to "
+            f"{num_dense + pool:,}: {num_dense:,} entries are always trained because their tensors "
+            f"match names_to_exclude, and 1 to {pool:,} others can be selected. Change "
+            "num_trainable or names_to_exclude."
         )
     return int(num_trainable) - num_dense

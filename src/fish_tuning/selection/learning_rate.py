@@ -48,8 +48,8 @@ def advice_on_rate(mask: Mapping[str, Tensor], optimizer: Any) -> str | None:
     if factor < 2 or rate >= _LOW * factor or "adam" not in kind.lower():
         return None
     return (
-        f"the learning rate {float(rate):g} may be too low: the mask selects "
-        f"{factor ** (1 / _EXPONENT):.1%} of LoRA's entries, and few entries want a higher rate "
-        f"than all of them; a start is about {factor:.2g} times the rate that suits dense LoRA "
-        "(docs/guide/training.md)"
+        f"The learning rate {float(rate):g} may be too low: the mask selects "
+        f"{factor ** (1 / _EXPONENT):.1%} of LoRA's entries, and so few need a higher rate than "
+        f"all of them do. Start with about {factor:.2g} times the rate that suits dense LoRA "
+        "(docs/guide/training.md)."
     )

@@ -171,9 +171,10 @@ def _report_ties(ties: Sequence[Tie]) -> None:
         low, high = min(score for score, _, _ in found), max(score for score, _, _ in found)
         advice = (
             " An entry with score 0 had no gradient where it was scored, so its score says nothing "
-            "about it. The usual cause is LoRA's A while B is zero. Score with "
+            "about it. With LoRA, the usual cause is A while B is zero: score with "
             'score_with_perturbed_b and select with scope="adaptive", or score after some training '
-            "steps."
+            "steps. With a model's own weights, it is embeddings of tokens that the data does not "
+            "contain: freeze them. Was an adapter meant to be on the model?"
         )
         logger.log(
             logging.WARNING if zero else logging.INFO,

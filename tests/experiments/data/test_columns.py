@@ -29,7 +29,11 @@ def test_text_columns_are_found(tmp_path, columns, expected):
 COLUMN_ERRORS = [
     ({"a": "b c", "d": "e f", "g": "h i", "label": 0}, {}, r"several of .*could .*: a, d, g; name"),
     ({"a": 1, "label": 0}, {}, r"text_column: none of the columns could be the text: a, label"),
-    ({"a": "b c"}, {}, r"label_column: none of the columns has the name of a label: a; name the"),
+    (
+        {"a": "b c"},
+        {},
+        r"label_column: none of the columns a has a usual name of labels, such as label; name the",
+    ),
     ({"a": "b c", "labl": 0}, {"label_column": "lable"}, r"no column 'lable', only a, labl; did"),
     ({"a": "b c", "label": 0}, {"text_column": "zzz"}, r"no column 'zzz', only a, label; name one"),
     ({"a": None, "label": 0}, {"text_column": "a"}, r"text_column 'a' .*row 1: None is not text"),

@@ -31,8 +31,8 @@ def find_label_column(train: Dataset, config: DatasetConfig) -> str:
         return named[0]
     hint = ", or set dataset.header: false or dataset.columns if the file has no header line"
     raise ConfigError(
-        "dataset.label_column: none of the columns has the name of a label: "
-        f"{', '.join(train.column_names)}; name the column, or set dataset.task: causal_lm if a "
+        f"dataset.label_column: none of the columns {', '.join(train.column_names)} has a usual "
+        f"name of labels, such as label; name the column, or set dataset.task: causal_lm if a "
         f"language model is to learn the texts{hint if config.path else ''}"
     )
 
