@@ -59,8 +59,9 @@ fish_tuning:
   language models, `trl.SFTConfig`. Three older names that the original work's files use
   (`evaluation_strategy`, `warmup_ratio`, `overwrite_output_dir`) are still understood, with a
   notice. `output_dir`, `seed` and the like are set for each run and refused here.
-- **Reruns.** The same command skips finished runs. Adding seeds, arms, peers or budgets and moving
-  `training.output_dir` keeps them; after any other change they run again.
+- **Reruns.** The same command skips finished runs. Adding seeds, arms, peers, budgets or
+  learning rates to search, or moving `training.output_dir`, keeps them; after any other change they
+  run again.
 """
 
 

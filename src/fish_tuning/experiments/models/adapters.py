@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
@@ -238,11 +238,13 @@ def _adapted(
     model: PreTrainedModel, arm: Arm, config: ExperimentConfig, settings: PeftConfig
 ) -> nn.Module:
     modules = dict(model.named_modules())
+    listed = getattr(settings, "target_modules", None) is not None
     try:
         adapted: nn.Module = get_peft_model(model, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refused(arm, config, settings, modules, error) from error
-    if _unknown_targets(settings, modules):
+    # PEFT's own list for a type of models may have names that only some of them have.
+    if listed and _unknown_targets(settings, modules):
         raise _refused(arm, config, settings, modules)
     return adapted
 
@@ -264,8 +266,9 @@ def _refused(
 ) -> ConfigError:
     key = arm.config_key if arm.adapter else "lora.target_modules"
     if "specify `target_modules`" in str(error):
+        kind = cast("PreTrainedModel", modules[""]).config.model_type
         return ConfigError(
-            f"{key}: PEFT has no default for models of type {modules[''].config.model_type!r}; set "
+            f"{key}: PEFT has no default for models of type {kind!r}; set "
             "lora.target_modules to names of linear modules, or to all-linear"
         )
     unknown = _unknown_targets(settings, modules)
