@@ -33,6 +33,7 @@ from tests.parallel import (
     STEPS,
     assert_identical,
     assert_same_weights,
+    error_of,
     labelled_alike,
     lora_bert,
     lora_llama,
@@ -111,6 +112,24 @@ def test_ddp_trains_as_one_process(settings, tmp_path):
         assert sum(sent) == STEPS * get_mask(one).num_trainable
         assert broadcast == ([] if settings else [own] * STEPS)
         assert not ignored  # After remove_mask.
+
+
+def train_checkpointed(rank, model, mask):
+    apply_mask(model, mask)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    return error_of(train, DistributedDataParallel(model), rank, 2)
+
+
+@pytest.mark.slow
+def test_reentrant_checkpoints_are_refused(tmp_path):
+    """Guards against gradients that differ between processes: they reach the values outside of the
+    masked model's forward pass, where no engine sees them."""
+    model = lora_bert()
+    arguments = model, random_mask(model)
+    for kind, message in in_processes(2, tmp_path / "a", train_checkpointed, *arguments):
+        assert kind == "RuntimeError" and message.endswith("use_reentrant=False")
 
 
 def train_fsdp(rank, model, mask, broadcast):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.masked_tensors.sharded import is_sharded
+from fish_tuning.distributed import world
 
 if TYPE_CHECKING:
     from fish_tuning.masked_tensors.storage import Group
@@ -215,11 +215,11 @@ class MaskedTensor:
         values = self.values
         if gradient is None or self.group is None or not values.requires_grad:
             return
-        if is_sharded(values):
+        if world()[1] > 1:
             raise RuntimeError(
                 f"a gradient reached {self.name} outside of a forward pass of the masked model, "
-                "which fully_shard does not allow: call the model that was masked, and checkpoint "
-                "with use_reentrant=False"
+                "where no engine averages it over the processes: call the model that was masked, "
+                "and checkpoint with use_reentrant=False"
             )
         self.group.was_bypassed = True
         positions = self.group.index[self.selected].long() - self.entries.start
