@@ -2,16 +2,18 @@
 
 import copy
 import os
+import signal
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from torch.multiprocessing import ProcessExitedException
+from transformers import TrainerCallback, TrainingArguments
 
 from fish_tuning import FishMask, FishTuningTrainer, apply_mask, get_mask, remove_mask
-from tests.models import examples_for
+from tests.models import examples_for, tiny_bert
 from tests.parallel import (
     STEPS,
     assert_identical,
@@ -336,6 +338,82 @@ def trainer_for(folder, model, mask, config, **arguments):
     )
 
 
+class Kill(TrainerCallback):
+    """The system ends this process in the fifth step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trained_until_killed(rank, folder, model, mask, victims):
+    trainer = trainer_for(folder, model, mask, settings(3, **AUTO))
+    if rank in victims:
+        trainer.add_callback(Kill())
+    trainer.train()
+
+
+def trained_on(rank, folder, model, mask):
+    trainer = trainer_for(folder, model, mask, settings(3, **AUTO))
+    trainer.train(resume_from_checkpoint=True)
+    with all_parameters(trainer.model):
+        return tensors_of(trainer.model, mask)
+
+
+def trained_alone(model, mask, folder):
+    trainer = FishTuningTrainer(
+        model=copy.deepcopy(model),
+        args=TrainingArguments(folder, use_cpu=True, **trainer_settings(4)),
+        train_dataset=examples_for(model, 12, shortest=6, longest=6),
+        eval_dataset=examples_for(model, 4, seed=1, shortest=6, longest=6),
+        mask=mask,
+    )
+    before = tensors_of(trainer.model, mask)
+    trainer.train()
+    trainer.save_model()
+    return trainer, before
+
+
+@pytest.mark.parametrize("victims", [[1], [0, 1]], ids=["one", "all"])
+def test_killed_processes_resume(victims, tmp_path):
+    """Guards against checkpoints of ZeRO-3 that only processes resume from that ended well."""
+    model, folder = lora_bert(), tmp_path / "two"
+    mask = random_mask(model)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_processes(2, tmp_path / "a", trained_until_killed, folder, model, mask, victims)
+    by_rank = in_processes(2, tmp_path / "b", trained_on, folder, copy.deepcopy(model), mask)
+    one, before = trained_alone(model, mask, tmp_path / "one")
+    assert_same_weights(by_rank, tensors_of(one.model, mask), before)
+
+
+def trained_own_weights(rank, folder, model, mask):
+    error = error_of(trainer_for, folder, copy.deepcopy(model), mask, settings(3, **AUTO))
+    config = settings(3, **AUTO)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    trainer = trainer_for(folder, model, mask, config)
+    trainer.train()
+    trainer.save_model()
+    return error
+
+
+def test_own_weights_under_zero_3(tmp_path):
+    """Guards against a model without an adapter that is saved without its weights, or with values
+    in the place of a tied embedding."""
+    model = tiny_bert(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.key.bias.requires_grad_(False)  # Its gradients are all rounding.
+    mask = random_mask(model, density=0.05)
+    trained_alone(model, mask, tmp_path / "one")
+    arguments = tmp_path / "two", copy.deepcopy(model), mask
+    for kind, message in in_processes(2, tmp_path / "a", trained_own_weights, *arguments):
+        assert kind == "ValueError" and "stage3_gather_16bit_weights_on_model_save" in message
+    expected, saved = (load_file(tmp_path / each / "model.safetensors") for each in ("one", "two"))
+    assert expected.keys() == saved.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    assert FishMask.from_pretrained(tmp_path / "two") == FishMask(mask)
+
+
 def trainer_settings(batch_size):
     return {
         "max_steps": 6,
@@ -393,16 +471,7 @@ def test_trainer(stage, tmp_path):
     checkpoints from which it goes on with others."""
     model = lora_bert()
     mask = random_mask(model)
-    alone = FishTuningTrainer(
-        model=copy.deepcopy(model),
-        args=TrainingArguments(tmp_path / "one", use_cpu=True, **trainer_settings(4)),
-        train_dataset=examples_for(model, 12, shortest=6, longest=6),
-        eval_dataset=examples_for(model, 4, seed=1, shortest=6, longest=6),
-        mask=mask,
-    )
-    before = tensors_of(alone.model, mask)
-    alone.train()
-    alone.save_model()
+    alone, before = trained_alone(model, mask, tmp_path / "one")
     expected = [entry["eval_loss"] for entry in alone.state.log_history if "eval_loss" in entry]
     arguments = tmp_path / "two", model, mask, stage
     by_rank = in_processes(2, tmp_path / "a", trained_with_trainer, *arguments)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.distributed import world
+from fish_tuning.masked_tensors.sharded import is_sharded
 
 if TYPE_CHECKING:
     from fish_tuning.masked_tensors.storage import Group
@@ -215,7 +216,7 @@ class MaskedTensor:
         values = self.values
         if gradient is None or self.group is None or not values.requires_grad:
             return
-        if world()[1] > 1:
+        if world()[1] > 1 or is_sharded(values):
             raise RuntimeError(
                 f"a gradient reached {self.name} outside of a forward pass of the masked model, "
                 "where no engine averages it over the processes: call the model that was masked, "
