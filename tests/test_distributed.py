@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fish_tuning import (
@@ -37,6 +37,7 @@ from tests.parallel import (
     labelled_alike,
     lora_bert,
     lora_llama,
+    optimizer_for,
     random_mask,
     tensors_of,
     train,
@@ -165,6 +166,86 @@ def test_fully_shard_trains_as_one_process(broadcast, tmp_path):
     assert sum(held for _, held, *_ in results) == get_mask(one).num_trainable
     for trained, _, loaded, written in results:
         assert_identical([{name: tensor + 1 for name, tensor in trained.items()}, loaded, written])
+
+
+def layers_of(model):
+    return model.base_model.model.model.layers
+
+
+def no_layers(model):
+    return []
+
+
+def train_complete(rank, model, mask, layers):
+    """Trains after passes without gradients, which leave the parameters of all modules complete."""
+    apply_mask(model, mask)
+    for layer in layers(model):
+        fully_shard(layer, reshard_after_forward=False)
+    fully_shard(model)
+    optimizer = optimizer_for(model)
+    for step in range(STEPS):
+        batch = labelled_alike(model, step)
+        with torch.no_grad():
+            model(**batch)
+            model(**batch)
+        part = {key: value[rank * 2 : rank * 2 + 2] for key, value in batch.items()}
+        model(**part | {"labels": part["input_ids"]}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tensors_of(model, mask)
+
+
+@pytest.mark.parametrize("layers", [layers_of, no_layers], ids=["layers", "root"])
+def test_fully_shard_trains_what_is_complete(layers, tmp_path):
+    """Guards against gradients that reach complete parameters too late to be exchanged: each
+    process would train with those of its own examples, or none at all."""
+    model = lora_llama()
+    mask = random_mask(model)
+    one = apply_mask(copy.deepcopy(model), mask)
+    before = tensors_of(one, mask)
+    train(one)
+    results = in_processes(2, tmp_path / "a", train_complete, model, mask, layers)
+    assert_same_weights(results, tensors_of(one, mask), before)
+
+
+def train_rounded(rank, model, mask):
+    apply_mask(model, mask)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    train(model, rank, 2)
+    return tensors_of(model, mask), {p.dtype for p in masked_parameters(model)}
+
+
+def test_mixed_precision_rounds_nothing_for_good(tmp_path):
+    """Guards against frozen entries and values that take the type of complete parameters."""
+    model = lora_llama()
+    mask = random_mask(model)
+    before = tensors_of(model, mask)
+    for tensors, dtypes in in_processes(2, tmp_path / "a", train_rounded, model, mask):
+        assert dtypes == {torch.float32}
+        for name, bits in mask.items():
+            assert torch.equal(tensors[name][~bits], before[name][~bits]), name
+            trained = tensors[name][bits]
+            assert not torch.equal(trained, trained.bfloat16().float()), name
+
+
+def saved_under_fsdp(rank, model, mask, folder):
+    apply_mask(model, mask)
+    fully_shard(model)
+    model.save_pretrained(folder, is_main_process=rank == 0)
+
+
+def test_fully_shard_saves_the_head(tmp_path):
+    """Guards against tensors of which a process saves its part, since every entry is selected."""
+    model = lora_bert()
+    mask = random_mask(model)
+    in_processes(2, tmp_path / "a", saved_under_fsdp, model, mask, tmp_path / "two")
+    apply_mask(model, mask).save_pretrained(tmp_path / "one")
+    one, two = (
+        load_file(tmp_path / count / "adapter_model.safetensors") for count in ("one", "two")
+    )
+    assert any("classifier" in name for name in one)
+    assert_identical([one, two])
+    assert FishMask.from_pretrained(tmp_path / "two") == get_mask(model)
 
 
 def written_under_fsdp(rank, model, mask):

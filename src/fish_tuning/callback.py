@@ -12,7 +12,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fish_tuning.arguments import check_mask
+from fish_tuning.fsdp_plugin import check_settings
 from fish_tuning.masked_tensors.tensors import tensor_named
+from fish_tuning.parts import Part
 from fish_tuning.selection.learning_rate import advice_on_rate
 from fish_tuning.sparse.apply import (
     apply_mask,
@@ -53,9 +55,11 @@ class FishTuningCallback(TrainerCallback):
 
         Raises:
             ValueError: See `apply_mask`; or neither the callback nor the model has a mask; or the
-                Trainer has copied the adapter of a model that was masked already; or DeepSpeed
-                ZeRO-3 would keep the Trainer from saving the model.
+                Trainer has copied the adapter of a model that was masked already; or the Trainer
+                is to use FSDP1, or FSDP2 with CPU offload; or DeepSpeed ZeRO-3 would keep it from
+                saving the model.
         """
+        check_settings(args)
         model = kwargs["model"]
         _check_saves(args.deepspeed_plugin, model)
         patch_trainers()
@@ -80,8 +84,8 @@ class FishTuningCallback(TrainerCallback):
                 "it in callbacks=[...]; model_init is not supported"
             )
         check_fits_model(model)
-        if args.deepspeed_plugin is not None or args.fsdp:
-            return  # Their optimizers hold their own tensors.
+        if args.deepspeed_plugin is not None:
+            return  # Its optimizer holds tensors of its own.
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
         values = [value for value in masked_parameters(model) if value.requires_grad]
         if values and not any(id(value) in held for value in values):
@@ -110,9 +114,10 @@ class FishTuningCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warn, once, when a trained value is no longer finite: the logged loss may hide it."""
-        if self._diverged or args.fsdp:
+        if self._diverged:
             return
-        values = masked_parameters(kwargs["model"])
+        # Of divided values, each process looks at its part.
+        values = [Part(value).local for value in masked_parameters(kwargs["model"])]
         # One wait for an accelerator, instead of one for each parameter.
         wrong = sum((~value.detach().isfinite()).sum().to(values[0].device) for value in values)
         if wrong:

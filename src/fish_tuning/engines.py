@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fish_tuning.arguments import check_type
+from fish_tuning.fsdp_plugin import check_loaded_everywhere, check_settings
 from fish_tuning.parts import are_rows, is_divided
 from fish_tuning.sharded_model import ShardedModel
 
@@ -33,7 +34,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: It is not a model.
         ValueError: An engine other than `fully_shard` (FSDP2) has divided the parameters among the
-            processes, or DeepSpeed has already built its optimizer from them.
+            processes, or DeepSpeed has already built its optimizer from them, or only the first
+            process has loaded them.
     """
     check_model(model)
     model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -53,17 +55,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "DeepSpeed has already built its optimizer from the model's parameters: score and "
             "mask the model before you prepare it"
         )
+    if not is_sharded(model):
+        check_loaded_everywhere()
     return model
 
 
 def check_maskable(model: nn.Module) -> None:
-    """Checks that no engine has wrapped or sharded the model yet.
+    """Checks that no engine has wrapped or sharded the model yet, and that FSDP can do so later.
 
     Raises:
-        ValueError: An engine has wrapped or sharded it.
+        ValueError: An engine has wrapped or sharded it, or accelerate is set to divide it in a way
+            that a masked model does not allow.
     """
     inner = unwrapped(model)
-    if any(map(is_divided, inner.parameters())) or ShardedModel(inner).parameters:
+    if is_sharded(inner):
         raise ValueError(
             "fully_shard has divided the model's parameters among the processes: build the model "
             "again, and mask it before it is sharded"
@@ -73,6 +78,12 @@ def check_maskable(model: nn.Module) -> None:
             "DistributedDataParallel knows only the parameters that it found when it wrapped the "
             "model: mask the model first, then wrap it"
         )
+    check_settings()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has divided parameters of a model among the processes."""
+    return any(map(is_divided, model.parameters())) or bool(ShardedModel(model).parameters)
 
 
 def device_of(model: nn.Module) -> torch.device:

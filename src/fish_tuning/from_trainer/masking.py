@@ -17,6 +17,7 @@ from fish_tuning.from_trainer.loss import (
 )
 from fish_tuning.from_trainer.optimizers import follow_mask, parameter_names
 from fish_tuning.from_trainer.undisturbed import undisturbed
+from fish_tuning.fsdp_plugin import check_settings
 from fish_tuning.mask.mask import FishMask
 from fish_tuning.scoring.fisher import ZeroScoresError
 from fish_tuning.scoring.objective import ExampleLoss
@@ -150,6 +151,7 @@ def _check(trainer: Any, config: Any) -> None:
             f"the {name} builds a new model when it trains (model_init), which would have no mask: "
             "give it a model"
         )
+    check_settings(trainer.args)
     check_maskable(trainer.model)
     if is_masked(trainer.model):
         raise ValueError("the model has a mask already: call remove_mask(trainer.model) first")

@@ -9,12 +9,11 @@ are needed, and no write escapes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.masked_tensors.sharded import assign, gathered
+from fish_tuning.masked_tensors.sharded import assign, gathered, trained
 from fish_tuning.masked_tensors.storage import Group, Part, grouped
 from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, View
 
@@ -119,7 +118,7 @@ def take_in_replaced(
             _undo_whole(values, tensor)
             if found[1].dtype != storage.dtype or found[1].device != storage.device:
                 changed[group] = None
-        if values.dtype != storage.dtype or values.device != storage.device:
+        if trained(values).dtype != storage.dtype or values.device != storage.device:
             changed[group] = None
     if replaced:
         _check_apart(apart_from)
@@ -244,7 +243,7 @@ def _moved_parts(
 ) -> Iterator[Part]:
     """The parts of a group after some have changed their device or type."""
     for tensor, flat, positions, agreed in group.parts():
-        values: Any = tensor.values
+        values = trained(tensor.values)
         if tensor in replaced:
             view, held = replaced[tensor]
             flat = view.flatten(held)

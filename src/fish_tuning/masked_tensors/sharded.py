@@ -40,6 +40,16 @@ def is_sharded(values: Tensor) -> bool:
     return type(values) is not nn.Parameter and hasattr(values, "full_tensor")
 
 
+def trained(values: Any) -> Any:
+    """What is trained of a parameter: its part, where `fully_shard` has completed it for a while.
+
+    A complete parameter may be out of date, or rounded by a mixed-precision policy, and a gradient
+    may reach it too late to be exchanged.
+    """
+    record = getattr(values, _DIVIDED, None)
+    return values if record is None else record.sharded_param
+
+
 def gathered(values: list[Any], sizes: list[int], agreed: Tensor) -> Tensor:
     """All values in one flat tensor; where `fully_shard` divides them, all processes have to call.
 
@@ -52,6 +62,7 @@ def gathered(values: list[Any], sizes: list[int], agreed: Tensor) -> Tensor:
         RuntimeError: Somebody has replaced them by more or fewer numbers, or an engine other than
             `fully_shard` has left a part of them only.
     """
+    values = [trained(value) for value in values]
     parts = [value.detach() for value in values] if len(values) == 1 else values
     if any(is_sharded(value) for value in values):
         full = _complete([value for value in values if is_sharded(value)])

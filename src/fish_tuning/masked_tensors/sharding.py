@@ -1,7 +1,8 @@
 """What PyTorch's sharding has to be told: a parameter's name leads `getattr` to a masked tensor.
 
-FSDP1, FSDP2 and distributed checkpoints look for parameters again where no hook of ours can run,
-so the functions that do are wrapped. For modules without masked tensors they do what they did.
+FSDP2 and distributed checkpoints look for parameters again where no hook of ours can run, so the
+functions that do are wrapped. FSDP1 is told nothing: it refuses masked models. For modules without
+masked tensors all of them do what they did.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fish_tuning.masked_tensors.parameters import UNSELECTED
+
 _loading: list[bool] = []
 """Not empty while a distributed checkpoint is loaded."""
 
@@ -24,26 +27,40 @@ def let_sharding_find_values() -> None:
     if not dist.is_available():
         return
     from torch.distributed.checkpoint import state_dict as checkpoint
-    from torch.distributed.fsdp._flat_param import FlatParamHandle
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-    of_flat: Any = FlatParamHandle._writeback_orig_params
+    wrap: Any = FullyShardedDataParallel.__init__
     of_sharded: Any = FSDPParam.reset_sharded_param
 
-    @functools.wraps(of_flat)
-    def writeback_orig_params(self: Any) -> Any:
-        with _hidden((info.module, info.param_name) for info in self.flat_param._param_infos):
-            return of_flat(self)
+    @functools.wraps(wrap)
+    def wrap_unmasked(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _check_unmasked(module)
+        wrap(self, module, *args, **kwargs)
 
     @functools.wraps(of_sharded)
     def reset_sharded_param(self: Any) -> Any:
         with _hidden([(self._module_info.module, self._module_info.param_name)]):
             return of_sharded(self)
 
-    replaced: Any = FlatParamHandle, FSDPParam
-    replaced[0]._writeback_orig_params = writeback_orig_params
+    replaced: Any = FullyShardedDataParallel, FSDPParam
+    replaced[0].__init__ = wrap_unmasked
     replaced[1].reset_sharded_param = reset_sharded_param
     _let_loading_find_tensors(checkpoint)
+
+
+def _check_unmasked(model: nn.Module) -> None:
+    """Check, before FullyShardedDataParallel changes a model, that nothing in it is masked.
+
+    Raises:
+        ValueError: Something is.
+    """
+    attributes = ((vars(module), module._parameters) for module in model.modules())
+    if any(UNSELECTED in own or own.keys() & parameters for own, parameters in attributes):
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) cannot train a masked model: shard it with "
+            "fully_shard (FSDP2; fsdp_version: 2 in accelerate's config)"
+        )
 
 
 def _let_loading_find_tensors(checkpoint: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.masked_tensors.sharded import averaged_gradients
+from fish_tuning.masked_tensors.sharded import averaged_gradients, trained
 from fish_tuning.masked_tensors.tensors import MaskedTensor, View, as_leaf
 
 GROUP_ENTRIES = 2**22
@@ -93,6 +93,11 @@ class Group:
                 return False
         return all(tensor.has_one_parameter() for tensor in self._tied)
 
+    def note_write(self) -> None:
+        """Have a backward through an older forward pass fail, as it does without a mask."""
+        if not self.storage.is_inference():
+            torch.autograd.graph.increment_version(self.storage)
+
     def writes(self) -> int:
         """How often the storage was written in place; tensors of inference mode do not count."""
         return 0 if self.storage.is_inference() else self.storage._version
@@ -100,6 +105,10 @@ class Group:
     def values(self) -> list[nn.Parameter]:
         """The parameters of its tensors."""
         return [tensor.values for tensor in self.tensors]
+
+    def trained(self) -> list[Any]:
+        """What optimizers hold of these parameters, see `sharded.trained`."""
+        return [trained(tensor.values) for tensor in self.tensors]
 
     def view(self, tensor: MaskedTensor, view: View) -> Tensor:
         """A view of a masked tensor as it lies in the storage."""
@@ -141,7 +150,7 @@ class Group:
                 "torch.func's transforms (grad, vjp, vmap, ...) cannot differentiate a masked "
                 "model: use loss.backward() or torch.autograd.grad, or call remove_mask(model)"
             )
-        values = [tensor.values for tensor in tensors]
+        values = [trained(tensor.values) for tensor in tensors]
         outputs = _HandOut.apply(self, tensors, *values)  # type: ignore[no-untyped-call]
         # Autograd runs the node that was made last first. Made early, this one would run when the
         # backward pass is over, and all dense gradients would wait for it.
@@ -194,7 +203,6 @@ class _HandOut(torch.autograd.Function):
         ctx: Any, group: Group, tensors: list[MaskedTensor], *values: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        # As they are now: fully_shard has modules hold other parameters in the backward pass.
         ctx.group, ctx.tensors, ctx.values = group, tensors, values
         return tuple(view.leaf.detach() for tensor in tensors for view in tensor.views)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.distributed import world
-from fish_tuning.masked_tensors.sharded import is_sharded
+from fish_tuning.masked_tensors.sharded import is_sharded, trained
 
 if TYPE_CHECKING:
     from fish_tuning.masked_tensors.storage import Group
@@ -171,7 +171,7 @@ class MaskedTensor:
         if own.numel() == self.numel:
             return own
         tensor: Tensor = vars(place.module).get(place.attribute, own)
-        # FullyShardedDataParallel lets values take the tensor's place for a while.
+        # Sharding lets values take the tensor's place for a while.
         return view.leaf if tensor.numel() == self.num_selected else tensor
 
     @property
@@ -213,7 +213,7 @@ class MaskedTensor:
         checkpointing with reentrance ran a layer a second time, in the backward pass.
         """
         gradient, leaf.grad = leaf.grad, None
-        values = self.values
+        values = trained(self.values)
         if gradient is None or self.group is None or not values.requires_grad:
             return
         if world()[1] > 1 or is_sharded(values):

@@ -11,6 +11,7 @@ from fish_tuning.arguments import check_mask
 from fish_tuning.distributed import check_equal
 from fish_tuning.engines import check_maskable, check_model
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.masked_tensors.sharded import trained
 from fish_tuning.sparse.adapter_names import belongs_to_adapter, for_active_adapter
 from fish_tuning.sparse.checks import (
     check_fits,
@@ -161,4 +162,4 @@ def masked_parameters(model: nn.Module) -> list[nn.Parameter]:
     entry: these stay ordinary parameters.
     """
     state = state_of(model)
-    return [] if state is None else [t.values for t in state.tensors if t.is_split]
+    return [] if state is None else [trained(t.values) for t in state.tensors if t.is_split]

@@ -13,11 +13,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fish_tuning.engines import divided_by_zero_3
+from fish_tuning.engines import divided_by_zero_3, is_sharded
 from fish_tuning.mask.card import write_card
 from fish_tuning.mask.checkpoint import mask_folders, mask_of_checkpoint
 from fish_tuning.mask.files import JSON_FILE
 from fish_tuning.mask.mask import FishMask
+from fish_tuning.parts import whole
 from fish_tuning.sparse.adapter_names import belongs_to_adapter
 from fish_tuning.sparse.patches import original, patch
 from fish_tuning.sparse.registry import state_of
@@ -119,8 +120,8 @@ def patch_trainers() -> None:
     """Have all Trainers that there are, TRL's too, describe masks in cards and check checkpoints.
 
     A Trainer asks neither its callbacks nor the model once its card is written, and uploads it at
-    once; nor when it loads a checkpoint. So these methods are wrapped, in each class that has its
-    own. With a model without a mask they do what they did.
+    once; nor when it saves or loads a checkpoint of FSDP. So these methods are wrapped, in each
+    class that has its own. With a model without a mask they do what they did.
     """
     trainers = sys.modules.get("transformers.trainer")
     kinds = [] if trainers is None else [trainers.Trainer]
@@ -159,21 +160,53 @@ def _with_mask_checked(load_from_checkpoint: Callable[..., None]) -> Callable[..
     return load
 
 
+def _with_mask_beside_shards(save_training_state: Callable[..., None]) -> Callable[..., None]:
+    """FSDP2 saves sharded checkpoints in the place of an adapter that would bring its mask."""
+
+    @functools.wraps(save_training_state)
+    def save(self: Any, output_dir: str, *args: Any, **kwargs: Any) -> None:
+        save_training_state(self, output_dir, *args, **kwargs)
+        state = state_of(self.model)
+        if state is None or not (self.is_fsdp_enabled and self.args.should_save):
+            return
+        if (mask := state.mask()) is not None and not Path(output_dir, JSON_FILE).is_file():
+            _save(mask, Path(output_dir))
+
+    return save
+
+
 _OF_TRAINERS = {
     "create_model_card": _with_mask_in_card,
     "_load_from_checkpoint": _with_mask_checked,
+    "_save_optimizer_and_scheduler": _with_mask_beside_shards,
 }
+
+
+def _gathered(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a model that `fully_shard` has divided, with what is to be saved complete.
+
+    All processes have to call. What PEFT does not save, the frozen base model, stays divided.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: whole(tensor) if name in trained or not isinstance(model, PeftModel) else tensor
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _save_pretrained(
     state: MaskState, model: Any, name: str, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The model's own save_pretrained, with the mask and its description beside what it writes."""
-    if kwargs.get("state_dict") is None:
+    given = kwargs.get("state_dict")
+    if given is None and is_sharded(model):
+        given = _gathered(model)
+    if given is None:
         _check_complete(model)
-    state.check()
-    if kwargs.get("state_dict") is not None:
-        kwargs["state_dict"] = with_tensors(state, kwargs["state_dict"])
+    # Trainers gather one from all processes, and then save it in the first.
+    state.check(alone=given is not None)
+    if given is not None:
+        kwargs["state_dict"] = with_tensors(state, given)
     result = original(model, name)(save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         write_mask(model, save_directory, kwargs.get("selected_adapters"))

@@ -27,7 +27,7 @@ from fish_tuning.masked_tensors.parameters import (
     take_in_unselected,
 )
 from fish_tuning.masked_tensors.reconcile import check_conflicts, fits, reconcile, take_in_replaced
-from fish_tuning.masked_tensors.sharded import note_shards
+from fish_tuning.masked_tensors.sharded import is_sharded, note_shards
 from fish_tuning.masked_tensors.sharding import let_sharding_find_values
 from fish_tuning.masked_tensors.storage import Group, grouped
 from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
@@ -223,7 +223,7 @@ class MaskState:
         if detect_fake_mode() is not None:
             return
         for group in self.groups:
-            if all(type(each) is nn.Parameter for each in group.values()) and group.is_intact():
+            if all(type(v) is nn.Parameter for v in group.trained()) and group.is_intact():
                 reconcile(group)
 
     def _take_in(self, tensors: list[MaskedTensor], may_tie: bool = False) -> None:
@@ -246,11 +246,13 @@ class MaskState:
             self.groups.remove(group)
             self.groups += new
 
-    def check(self) -> None:
+    def check(self, *, alone: bool = False) -> None:
         """Check, before anything is saved, that the masks fit and no tensor has two truths."""
         if (root := self.root()) is not None:
             self._index(root)
-        self.update()
+        # A process that calls alone cannot bring divided values together.
+        if not (alone and any(is_sharded(v) for group in self.groups for v in group.trained())):
+            self.update()
         check_conflicts(self.groups)
 
     # The forward pass
@@ -281,11 +283,11 @@ class MaskState:
                 if module is not root and are_gone(root, self.tensors):
                     return  # Another PeftModel has put its adapter in their place.
                 self._index(root)
-            self._take_in(self.tensors)
-            self.agree_on_training()
             if root is not None and dist.is_available() and dist.is_initialized():
                 note_shards([root, *(child for _, _, child in self.edges)])
-                zero3.gather(self.groups)
+            self._take_in(self.tensors)
+            self.agree_on_training()
+            zero3.gather(self.groups)
             self.idle.look()
             self.thread = threading.get_ident()
         self.idle.running = True
@@ -337,17 +339,14 @@ class MaskState:
 
     def after_step(self, stepped: set[int]) -> None:
         """Bring the tensors up to date after an optimizer has stepped parameters of these ids."""
-        groups = [g for g in self.groups if any(id(t.values) in stepped for t in g.tensors)]
-        if groups:
+        if groups := [g for g in self.groups if any(id(v) in stepped for v in g.trained())]:
             self.steps_without_values = -1
             zero3.gather(self.groups)
             self.update()
             for group in groups:
-                # A backward through an older forward pass fails, as it does without a mask.
-                if not group.storage.is_inference():
-                    torch.autograd.graph.increment_version(group.storage)
+                group.note_write()
         elif self.steps_without_values >= 0 and any(
-            tensor.values.grad is not None for group in self.groups for tensor in group.tensors
+            v.grad is not None for group in self.groups for v in group.trained()
         ):
             # The first may be a step of one of several optimizers, before that of another.
             self.steps_without_values += 1
