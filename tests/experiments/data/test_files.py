@@ -77,7 +77,7 @@ def test_no_header(tmp_path, options, text, label):
 def test_header_taken_for_granted(tmp_path):
     """Guards the remedy where a file without a header is read as if it had one."""
     path = write(tmp_path / "train.tsv", "gj04\t1\t\tOur friends.\ngj04\t0\t*\tOur friend.\n")
-    with pytest.raises(ConfigError, match=r"gj04, 1, 2, Our friends\.; .*dataset\.header: false"):
+    with pytest.raises(ConfigError, match=r"gj04, 1, 2, Our friends\. .*dataset\.header: false"):
         load(path)
 
 

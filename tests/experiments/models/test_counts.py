@@ -120,7 +120,7 @@ def test_budgets_that_cannot_be_met(tmp_path, ratio):
         lora={"baseline_rank": 1 if ratio < 1 else 4, "fish_rank": 2},
         fish_tuning={"prune_to_ratio_of_baseline": ratio},
     )
-    with pytest.raises(ConfigError, match=r"fish_tuning.prune_to_ratio_of_baseline: .*Change it"):
+    with pytest.raises(ConfigError, match=r"prune_to_ratio_of_baseline: .*Change num_trainable"):
         trainable(config, 2)
 
 
