@@ -17,6 +17,7 @@ from fish_tuning import (
     mask_trainer,
 )
 from fish_tuning.engines import is_sharded
+from tests import training
 from tests.models import examples_for, pad, tiny_llama, with_lora
 from tests.training import WORDS, tensors_of, tiny_tokenizer
 
@@ -52,18 +53,8 @@ def arguments(folder: Path, count: int, kind: Any = tr.TrainingArguments, **sett
     config = settings.pop("fsdp_config", {})
     if count > 1:
         settings |= {"fsdp": True, "fsdp_config": config}
-    defaults = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4 // count,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 5,
-    }
-    return kind(str(folder), **{**defaults, **settings})
+    ours = {"max_steps": STEPS, "per_device_train_batch_size": 4 // count, "logging_steps": 5}
+    return training.arguments(folder, kind, **{**ours, **settings})
 
 
 def of_transformers(kind: Any, folder: Path, count: int, settings: Any, **options: Any) -> Any:

@@ -1,11 +1,12 @@
 """Models, training and comparisons for tests of several processes and of wrapped models."""
 
+import copy
 from operator import attrgetter
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fish_tuning import calculate_fisher_information
+from fish_tuning import apply_mask, calculate_fisher_information
 from tests.models import examples_for, pad, tiny_bert, tiny_llama, with_lora
 
 
@@ -99,6 +100,14 @@ def train(model, rank=0, count=1):
         model(**part).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def trained_alone(model, mask):
+    """A masked copy of a model after one process has trained it, and its tensors before that."""
+    one = apply_mask(copy.deepcopy(model), mask)
+    before = tensors_of(one, mask)
+    train(one)
+    return one, before
 
 
 def unwrapped(model):

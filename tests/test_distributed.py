@@ -1,6 +1,5 @@
 """Training in several processes, joined by gloo on one machine."""
 
-import copy
 import gc
 import os
 import re
@@ -41,6 +40,7 @@ from tests.parallel import (
     random_mask,
     tensors_of,
     train,
+    trained_alone,
 )
 from tests.processes import in_processes
 
@@ -102,9 +102,7 @@ def test_ddp_trains_as_one_process(settings, tmp_path):
     frozen entries broadcast before each forward pass."""
     model = lora_bert()
     mask = random_mask(model)
-    one = apply_mask(copy.deepcopy(model), mask)
-    before = tensors_of(one, mask)
-    train(one)
+    one, before = trained_alone(model, mask)
     results = in_processes(2, tmp_path / "a", train_ddp, model, mask, settings)
     assert_same_weights([tensors for tensors, *_ in results], tensors_of(one, mask), before)
     own = sum(buffer.numel() for buffer in model.buffers())
@@ -158,9 +156,7 @@ def test_fully_shard_trains_as_one_process(broadcast, tmp_path):
     """Guards against values that are divided when the tensors are written, saved or loaded."""
     model = lora_llama()
     mask = random_mask(model)
-    one = apply_mask(copy.deepcopy(model), mask)
-    before = tensors_of(one, mask)
-    train(one)
+    one, before = trained_alone(model, mask)
     results = in_processes(2, tmp_path / "a", train_fsdp, model, mask, broadcast)
     assert_same_weights([trained for trained, *_ in results], tensors_of(one, mask), before)
     assert sum(held for _, held, *_ in results) == get_mask(one).num_trainable
@@ -201,9 +197,7 @@ def test_fully_shard_trains_what_is_complete(layers, tmp_path):
     process would train with those of its own examples, or none at all."""
     model = lora_llama()
     mask = random_mask(model)
-    one = apply_mask(copy.deepcopy(model), mask)
-    before = tensors_of(one, mask)
-    train(one)
+    one, before = trained_alone(model, mask)
     results = in_processes(2, tmp_path / "a", train_complete, model, mask, layers)
     assert_same_weights(results, tensors_of(one, mask), before)
 

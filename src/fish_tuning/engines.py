@@ -162,7 +162,12 @@ def _held_by_deepspeed(model: nn.Module) -> bool:
 
 def divided_by_zero_3(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has divided a model's parameters among the processes."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(map(is_in_zero_3, model.parameters()))
+
+
+def is_in_zero_3(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds a parameter."""
+    return hasattr(parameter, "ds_id")
 
 
 def _dividing_engine(model: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fish_tuning.engines import is_in_zero_3
 from fish_tuning.masked_tensors import zero3
 
 _DIVIDED = "_fish_divided"
@@ -95,7 +96,7 @@ def assign(value: Any, new: Tensor) -> None:
     if is_sharded(value):
         value.to_local().data.copy_(_local(value, new.view(value.shape)))
         return
-    if zero3.is_divided(value):
+    if is_in_zero_3(value):
         zero3.assign_slice(value, new)
     if not zero3.is_away(value):
         value.data.copy_(new.view(value.shape))

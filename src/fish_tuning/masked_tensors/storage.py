@@ -130,9 +130,9 @@ class Group:
         """
         for tensor in self.tensors:
             values = tensor.look_up_values()
-            trained = tensor.is_trained
-            if values.requires_grad is trained and all(
-                [view.leaf.requires_grad is trained for view in tensor.views]
+            flag = tensor.is_trained
+            if values.requires_grad is flag and all(
+                [view.leaf.requires_grad is flag for view in tensor.views]
             ):
                 continue
             tensor.is_trained = not tensor.is_trained

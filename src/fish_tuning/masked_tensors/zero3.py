@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fish_tuning.engines import is_in_zero_3
+
 if TYPE_CHECKING:
     from fish_tuning.masked_tensors.storage import Group
 
 
-def is_divided(value: Any) -> bool:
-    """Whether ZeRO-3 holds a parameter."""
-    return hasattr(value, "ds_id")
-
-
 def is_away(value: Any) -> bool:
     """Whether this process holds no more than a slice of values, of which there is at least one."""
-    return value.numel() == 0 and is_divided(value)
+    return value.numel() == 0 and is_in_zero_3(value)
 
 
 def check_whole(values: Iterable[Any]) -> None:
@@ -35,7 +32,7 @@ def check_whole(values: Iterable[Any]) -> None:
     Raises:
         RuntimeError: It does.
     """
-    if any(map(is_divided, values)):
+    if any(map(is_in_zero_3, values)):
         raise RuntimeError(
             "a mask cannot be taken off a model that DeepSpeed ZeRO-3 has divided: save the "
             "model, and load it again in a program without the engine"
