@@ -4,13 +4,11 @@
 sweep's `results.csv` there. Without `--take` the same runs give the same page.
 """
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
-from study_runs import STUDY, difference_of, filled, interval, read_runs, take, values
+from study_runs import STUDY, difference_of, interval, read_runs, rebuild, values
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, group_runs
 from fish_tuning.experiments.report.figures.picture import picture_style
@@ -32,11 +30,7 @@ STYLES = {"eval_loss": "{:.3f}", "bleu": "{:.1f}", "rouge_l": "{:.1f}", OTHER_TE
 
 def main() -> None:
     """Take the sweeps named on the command line, and write the page and its figure."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--take", type=Path, nargs="*", default=[], help="folders of sweeps")
-    take(parser.parse_args().take, FOLDER / "runs")
-    page = FOLDER / "README.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    rebuild(FOLDER / "README.md", tables)
     with picture_style():
         figure = rates_figure(search_losses("57,600"))
         figure.savefig(FOLDER / "learning_rates.svg", metadata={"Date": None})
@@ -110,7 +104,8 @@ def search_losses(budget: str) -> dict[str, dict[float, Run]]:
     for sweep in sweeps(budget):
         for run in sweep.search:
             assert run.learning_rate is not None
-            found.setdefault(NAMES.get(run.arm, run.arm), {})[run.learning_rate] = run
+            rates = found.setdefault(NAMES.get(run.arm, run.arm), {})
+            rates.setdefault(run.learning_rate, run)
     return found
 
 

@@ -5,13 +5,11 @@ there. Without `--take` the tables are rebuilt from the runs that are there: the
 same page.
 """
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
-from study_runs import STUDY, difference_of, filled, interval, read_runs, take, values
+from study_runs import STUDY, difference_of, interval, read_runs, rebuild, values
 
 from fish_tuning.experiments.report.arm_runs import ArmRuns, group_runs
 from fish_tuning.experiments.report.figures.picture import picture_style
@@ -71,11 +69,7 @@ BALANCED = {"LoRA-FISH": "balanced", "LoRA-FISH-rand": "random, balanced"}
 
 def main() -> None:
     """Take the sweeps named on the command line, and write the page and its figure."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--take", type=Path, nargs="*", default=[], help="folders of sweeps")
-    take(parser.parse_args().take, STUDY / "runs")
-    page = STUDY / "README.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    rebuild(STUDY / "README.md", tables)
     figure = differences_figure(pooled_differences())
     with picture_style():
         figure.savefig(STUDY / "differences.svg", metadata={"Date": None})

@@ -1,8 +1,9 @@
 """The runs of a study as CSV files, and what its pages make of them."""
 
+import argparse
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from fish_tuning.experiments.tables import Table
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 
 
-def take(sweeps: Iterable[Path], folder: Path) -> None:
-    """Copy the `results.csv` of sweeps to a folder, each named after its sweep."""
-    for sweep in sweeps:
+def rebuild(page: Path, tables: Callable[[], Mapping[str, Table]]) -> None:
+    """Take the sweeps named on the command line into the runs beside a page, and fill the page."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--take", type=Path, nargs="*", default=[], help="folders of sweeps")
+    for sweep in parser.parse_args().take:
         results = read_results(sweep)
-        (folder / f"{results.name}.csv").write_text(csv_table([results]), encoding="utf-8")
+        file = page.parent / "runs" / f"{results.name}.csv"
+        file.write_text(csv_table([results]), encoding="utf-8")
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
 
 
 @cache
