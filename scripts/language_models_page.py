@@ -4,7 +4,7 @@
 sweep's `results.csv` there. Without `--take` the same runs give the same page.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from matplotlib.figure import Figure
@@ -18,13 +18,14 @@ from fish_tuning.experiments.results import Results, Run
 from fish_tuning.experiments.tables import Table
 
 FOLDER = STUDY / "language_models"
-BUDGETS = {"57,600": ("e2e", "e2e_weights"), "10,000": ("e2e_small",)}
-"""Number of trainable values to the sweeps with arms of that size."""
+BUDGETS = {"57,600": "e2e", "10,000": "e2e_small"}
+"""Number of trainable values to the sweep with arms of that size."""
 NAMES = {"Original LoRA": "LoRA r=1, q and v", "LoRA-FISH": "FISH", "LoRA-FISH-rand": "random"}
 """What the page calls arms whose names say little without their config."""
 OTHER_TEXT = "python_reference_perplexity"
 METRICS = {"loss": "eval_loss", "BLEU": "bleu", "ROUGE-L": "rouge_l", "other text": OTHER_TEXT}
 """Column to metric. All are means over the seeds, with the deviation between them."""
+COSTS = ("training (s)", "peak (GB)", "file (MB)")
 STYLES = {"eval_loss": "{:.3f}", "bleu": "{:.1f}", "rouge_l": "{:.1f}", OTHER_TEXT: "{:.2f}"}
 
 
@@ -45,24 +46,20 @@ def tables() -> dict[str, Table]:
     }
 
 
-def sweeps(budget: str) -> list[Results]:
-    """Read the sweeps of a budget that have been run."""
-    files = [FOLDER / "runs" / f"{name}.csv" for name in BUDGETS[budget]]
-    return [read_runs(file) for file in files if file.is_file()]
+def sweep(budget: str) -> Results:
+    """Read the sweep of a budget."""
+    return read_runs(FOLDER / "runs" / f"{BUDGETS[budget]}.csv")
 
 
 def arms(budget: str) -> dict[str, ArmRuns]:
-    """Group the runs of a budget by arm; of an arm in several sweeps, those of the first."""
-    groups: dict[str, ArmRuns] = {}
-    for sweep in sweeps(budget):
-        for group in group_runs(sweep.runs):
-            groups.setdefault(NAMES.get(group.arm, group.arm), group)
-    return groups
+    """Group the runs of a budget by arm."""
+    return {NAMES.get(group.arm, group.arm): group for group in group_runs(sweep(budget).runs)}
 
 
 def arms_table(groups: Mapping[str, ArmRuns]) -> Table:
     """Every arm: its size, its rate, what it reaches and what it costs."""
-    rows = []
+    headers = ("arm", "values", "learning rate", *METRICS, "seeds", *COSTS)
+    rows = [_before_row(next(iter(groups.values())).finished)] if groups else []
     for arm, group in groups.items():
         runs = group.finished
         rows.append(
@@ -72,12 +69,21 @@ def arms_table(groups: Mapping[str, ArmRuns]) -> Table:
                 f"{runs[0].learning_rate:g}",
                 *(_spread(group, metric) for metric in METRICS.values()),
                 str(len(runs)),
+                f"{median(r.train_seconds for r in runs if r.train_seconds):.0f}",
                 f"{median(r.peak_memory_bytes / 1e9 for r in runs if r.peak_memory_bytes):.2f}",
                 f"{median(r.adapter_bytes / 1e6 for r in runs if r.adapter_bytes):.2f}",
             )
         )
-    headers = ("arm", "values", "learning rate", *METRICS, "seeds", "peak (GB)", "file (MB)")
     return Table(headers, tuple(rows))
+
+
+def _before_row(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What the model gives before training, which is the same for all arms."""
+    metrics = (
+        STYLES[metric].format(median(run.metrics_before[metric] for run in runs))
+        for metric in METRICS.values()
+    )
+    return ("before training", "0", "", *metrics, *("" for _ in ("seeds", *COSTS)))
 
 
 def _spread(group: ArmRuns, metric: str) -> str:
@@ -101,11 +107,9 @@ def differences_table(groups: Mapping[str, ArmRuns], baseline: str = "FISH") -> 
 def search_losses(budget: str) -> dict[str, dict[float, Run]]:
     """Return the runs of a budget's searches by arm and learning rate."""
     found: dict[str, dict[float, Run]] = {}
-    for sweep in sweeps(budget):
-        for run in sweep.search:
-            assert run.learning_rate is not None
-            rates = found.setdefault(NAMES.get(run.arm, run.arm), {})
-            rates.setdefault(run.learning_rate, run)
+    for run in sweep(budget).search:
+        assert run.learning_rate is not None
+        found.setdefault(NAMES.get(run.arm, run.arm), {})[run.learning_rate] = run
     return found
 
 

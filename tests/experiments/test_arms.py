@@ -75,3 +75,24 @@ def test_rates_of_single_arms(tmp_path):
     rates = [arm.learning_rate for arm in planned(both, {("Original LoRA", None): 1e-3})]
     assert rates == [1e-3, 3e-2]
     assert [arm.name for arm in planned(both, {})] == ["LoRA-FISH"]
+
+
+def test_rates_to_try_of_single_arms(tmp_path):
+    """Guards searches whose arms want different rates: an arm's list replaces the search's."""
+    config = experiment(
+        tmp_path,
+        tmp_path,
+        tmp_path,
+        fish_tuning={"methods_to_run": ["Original LoRA", "LoRA-FISH"]},
+        learning_rates={"LoRA-FISH": [1e-2, 2e-2, 4e-2]},
+        learning_rate_search={"values": [1e-3, 2e-3]},
+    )
+    tried = [(arm.name, arm.learning_rate) for arm in searched(config)]
+    assert tried == [
+        ("Original LoRA", 1e-3),
+        ("Original LoRA", 2e-3),
+        ("LoRA-FISH", 1e-2),
+        ("LoRA-FISH", 2e-2),
+        ("LoRA-FISH", 4e-2),
+    ]
+    assert [arm.learning_rate for arm in planned(config, {("LoRA-FISH", 1.0): 2e-2})] == [2e-2]

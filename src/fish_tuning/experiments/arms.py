@@ -127,7 +127,7 @@ def planned(
             of their own are left out. Without this argument, arms without a rate of their own use
             that of the training arguments.
     """
-    own = config.learning_rates
+    own = {arm: one for arm, one in config.learning_rates.items() if not isinstance(one, list)}
     return [
         replace(arm, learning_rate=own.get(arm.name) or (learning_rates or {}).get(arm.key))
         for arm in _arms(config, config.seeds)
@@ -143,8 +143,8 @@ def searched(config: ExperimentConfig) -> list[Arm]:
     return [
         replace(arm, learning_rate=value, held_out=search.held_out)
         for arm in _arms(config, search.seeds)
-        if arm.name not in config.learning_rates
-        for value in search.values
+        if isinstance(values := config.learning_rates.get(arm.name, search.values), list)
+        for value in values
     ]
 
 

@@ -30,6 +30,14 @@ BAD = [
     ),
     ("learning_rates: {LoRA-FISH: 0}", r"learning_rates\.LoRA-FISH: 0 should be greater than 0"),
     (
+        "learning_rates: {LoRA-FISH: [1.0e-3, 1.0e-2]}",
+        r"learning_rates\.LoRA-FISH: lists rates for a search; keep one of them, or add learning_rate",
+    ),
+    (
+        "learning_rates: {LoRA-FISH: [1.0e-3]}",
+        r"learning_rates\.LoRA-FISH: .*at least 2 items",
+    ),
+    (
         "fish_tuning: {methods_to_run: [LoRA-FISH-ranks], scoring_point: start}",
         r"fish_tuning\.scoring_point: 'start' gives no scores to choose ranks by; use perturbed",
     ),

@@ -22,6 +22,8 @@ from fish_tuning.experiments.config.selection import FishTuningConfig
 from fish_tuning.experiments.config.training import (
     BaseTrainingConfig,
     LearningRateSearch,
+    Rate,
+    Rates,
     TrainingConfig,
 )
 from fish_tuning.experiments.config.training_args import sft_arguments
@@ -62,10 +64,11 @@ class ExperimentConfig(Section):
         "training arguments.",
     )
 
-    learning_rates: dict[Text, Annotated[float, Field(gt=0)]] = Field(
+    learning_rates: dict[Text, Rate | Rates] = Field(
         default={},
-        description="Learning rates of single arms by name, such as those that an earlier search "
-        "chose. The search leaves these arms out.",
+        description="Learning rates of single arms by name: one, such as an earlier search chose, "
+        "and the search leaves the arm out; or a list, which the search tries in place of its "
+        "values.",
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -78,9 +81,14 @@ class ExperimentConfig(Section):
             key = "peers" if twice[0] in peers else "fish_tuning"
             yield key, f"{twice[0]!r} names two arms; give one another name"
         yield from self._conflicts_of_own_weights()
-        for name in self.learning_rates:
+        for name, rates in self.learning_rates.items():
             if name not in labels:
                 yield f"learning_rates.{name}", f"is no arm; the arms are {', '.join(labels)}"
+            elif isinstance(rates, list) and self.learning_rate_search is None:
+                yield (
+                    f"learning_rates.{name}",
+                    "lists rates for a search; keep one of them, or add learning_rate_search",
+                )
         if self.is_generative:
             yield from self._conflicts_of_generation()
         else:

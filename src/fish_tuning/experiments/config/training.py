@@ -39,12 +39,14 @@ class BaseTrainingConfig(Section):
     args: TrainingArgs = Field(default=DEFAULT_ARGS, description="transformers.TrainingArguments.")
 
 
+Rate = Annotated[float, Field(gt=0)]
+Rates = Annotated[list[Rate], Field(min_length=2), AfterValidator(distinct)]
+
+
 class LearningRateSearch(Section):
     """A learning rate for each arm and budget, chosen on examples held out of the training data."""
 
-    values: Annotated[
-        list[Annotated[float, Field(gt=0)]], Field(min_length=2), AfterValidator(distinct)
-    ] = Field(
+    values: Rates = Field(
         description="The learning rates to try. The one whose runs do best by "
         "metric_for_best_model, on average over the seeds, trains the runs that count; among "
         "equally good ones, the one with the lowest loss."
