@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.base_weights import base_weights
 from benchmarks.compiling import compiling
+from benchmarks.first_step import files, time_to_the_first_step
 from benchmarks.scoring import growth_of_scoring, memory_of_scoring, time_of_scoring
 from benchmarks.scoring_text import memory_of_scoring_text, time_of_scoring_text
 from benchmarks.selecting import application, top_k
@@ -29,6 +30,11 @@ from benchmarks.training import (
     time_of_peers,
 )
 from benchmarks.training_memory import memory_of_training, optimizer_state
+from benchmarks.training_text import (
+    memory_of_training_on_text,
+    time_of_a_step_on_text,
+    time_of_peers_on_text,
+)
 from fish_tuning.experiments.environment import commit, hardware, versions
 
 CASES = {
@@ -43,8 +49,13 @@ CASES = {
         time_of_peers,
         step_with_default_malloc,
         growth_of_a_step,
+        time_of_a_step_on_text,
+        time_of_peers_on_text,
+        time_to_the_first_step,
         memory_of_training,
+        memory_of_training_on_text,
         optimizer_state,
+        files,
         base_weights,
         top_k,
         application,

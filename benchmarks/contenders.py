@@ -16,13 +16,16 @@ from peft import (
     SupertuningConfig,
     get_peft_model,
 )
+from peft.optimizers import create_lorafa_optimizer
 from torch import Tensor, nn
 
 from benchmarks.gradient_hooks import mask_gradients
-from benchmarks.shapes import Batch, Shape, sentences
+from benchmarks.shapes import Batch, Shape, sentences, texts
 from fish_tuning import FishConfig, apply_mask, get_fish_model
 
 HEAD = "modules_to_save"
+LORA_FA = "frozen_a"
+"""Name of an adapter that LoRA-FA's optimizer trains."""
 _BASE_WEIGHT = "base_layer.weight"
 
 
@@ -35,14 +38,17 @@ class Contender:
 
     @classmethod
     def of(cls, model: nn.Module) -> Contender:
-        """The model with AdamW over its trainable parameters."""
+        """The model with AdamW over its trainable parameters; with PEFT's own for LoRA-FA."""
+        config = getattr(model, "peft_config", {}).get(LORA_FA)
+        if config is not None:
+            return cls(model, create_lorafa_optimizer(model, config.r, config.lora_alpha, 1e-4))
         return cls(model, torch.optim.AdamW(trainable(model).values(), 1e-4))
 
     @property
     def num_trainable(self) -> int:
         """Number of values that the optimizer holds."""
         groups = self.optimizer.param_groups
-        return sum(p.numel() for group in groups for p in group["params"])
+        return sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
 
     def step(self, batch: Batch) -> None:
         """One step of training."""
@@ -63,17 +69,23 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def lora(shape: Shape, rank: int, device: str, **config: Any) -> Any:
     """LoRA on the modules of a shape."""
     targets = [*shape.targets]
-    config = {"task_type": "SEQ_CLS", "r": rank, "target_modules": targets, **config}
+    config = {"task_type": shape.task, "r": rank, "target_modules": targets, **config}
     return get_peft_model(shape.build(device), LoraConfig(**config))
 
 
 def fish(shape: Shape, rank: int, device: str, **config: Any) -> nn.Module:
     """Masked LoRA: Fisher information selects as many entries as LoRA of half the rank has."""
-    model = lora(shape, rank, device)
+    if shape.task == "SEQ_CLS":
+        return masked(lora(shape, rank, device), sentences(32, 32, device), **config)
+    return masked(lora(shape, rank, device), texts(4, 4, 32, device), **config)
+
+
+def masked(model: nn.Module, data: list[Batch], **config: Any) -> nn.Module:
+    """A model of which half the entries of its adapter are selected on some data."""
     settings = FishConfig(
         num_trainable=half_of(model), num_samples=32, names_to_exclude=(HEAD,), **config
     )
-    return get_fish_model(model, settings, sentences(32, 32, device), progress=False)
+    return get_fish_model(model, settings, data, progress=False)
 
 
 def fish_upper_layers(shape: Shape, rank: int, device: str) -> nn.Module:
@@ -102,11 +114,12 @@ def half_of(model: nn.Module) -> int:
 def peers(shape: Shape, rank: int) -> dict[str, Way]:
     """PEFT's other methods at the number of trainable values of LoRA of this rank, or just below.
 
-    DoRA also trains magnitudes, so its rank is one lower.
+    DoRA also trains magnitudes, so its rank is one lower. LoRA-FA trains only B, so its is higher.
     """
-    common: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": [*shape.targets]}
+    common: dict[str, Any] = {"task_type": shape.task, "target_modules": [*shape.targets]}
     dense = lora(shape, rank, "meta")
-    weights = sum(p.numel() for name, p in dense.named_parameters() if _BASE_WEIGHT in name)
+    shapes = [p.shape for name, p in dense.named_parameters() if _BASE_WEIGHT in name]
+    weights = sum(size.numel() for size in shapes)
     entries = sum(p.numel() for name, p in trainable(dense).items() if HEAD not in name)
     configs = {
         f"DoRA r={rank - 1}": LoraConfig(r=rank - 1, use_dora=True, **common),
@@ -114,7 +127,17 @@ def peers(shape: Shape, rank: int) -> dict[str, Way]:
         "SHiRA": ShiraConfig(r=rank, **common),
         "Super-Tuning": SupertuningConfig(sparsity=1 - entries / weights, **common),
     }
-    return {name: partial(_adapted, shape, config) for name, config in configs.items()}
+    ways: dict[str, Way] = {
+        name: partial(_adapted, shape, config) for name, config in configs.items()
+    }
+    rank_fa = entries // sum(size[0] for size in shapes)
+    return ways | {f"LoRA-FA r={rank_fa}": partial(lora_fa, shape, rank_fa)}
+
+
+def lora_fa(shape: Shape, rank: int, device: str) -> nn.Module:
+    """LoRA that trains B alone, by the optimizer that PEFT has for it (arXiv 2308.03303)."""
+    config = LoraConfig(task_type=shape.task, r=rank, target_modules=[*shape.targets])
+    return get_peft_model(shape.build(device), config, adapter_name=LORA_FA)
 
 
 def _adapted(shape: Shape, config: PeftConfig, device: str) -> nn.Module:

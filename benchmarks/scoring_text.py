@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.contenders import lora
 from benchmarks.measure import peak_memory, take_turns
 from benchmarks.scoring import plain_pass
 from benchmarks.setting import Setting
-from benchmarks.shapes import LARGE_VOCABULARY, SMOLLM2, TINY_CAUSAL, Batch, Shape
+from benchmarks.shapes import LARGE_VOCABULARY, SMOLLM2, TINY_CAUSAL, Batch, Shape, texts
 from benchmarks.table import Row, exact, megabytes, timed
 from fish_tuning import calculate_fisher_information
 
@@ -27,7 +26,7 @@ def time_of_scoring_text(setting: Setting) -> Iterator[Row]:
     model = _causal(setting, shape).eval()
     size = 4 if setting.tiny else 8
     for examples, tokens in ((8, 8), (4, 16)) if setting.tiny else ((128, 64), (32, 256)):
-        batches = texts(setting, examples, size, tokens)
+        batches = texts(examples, size, tokens, setting.device)
         rounds = take_turns(
             {OURS: partial(_scores, model, batches), FLOOR: partial(plain_pass, model, batches)},
             setting.rounds(3),
@@ -51,7 +50,7 @@ def memory_of_scoring_text(setting: Setting) -> Iterator[Row]:
     shape = TINY_CAUSAL if setting.tiny else SMOLLM2
     size, tokens = (4, 8) if setting.tiny else (8, 64)
     model = _causal(setting, shape).eval()
-    batches = texts(setting, 2 * size, size, tokens)
+    batches = texts(2 * size, size, tokens, setting.device)
     case = f"peak memory of scoring, {shape.name}, batch {size} x {tokens}"
     yield _peaks(setting, case, FLOOR, model, batches)
 
@@ -65,18 +64,11 @@ def memory_of_scoring_text(setting: Setting) -> Iterator[Row]:
     tokens = 16 if setting.tiny else 2048
     model = _causal(setting, shape).eval()
     case = f"peak memory of scoring, {shape.name}, batch 1 x {tokens:,}"
-    yield _peaks(setting, case, FLOOR, model, texts(setting, 2, 1, tokens))
-
-
-def texts(setting: Setting, examples: int, size: int, tokens: int) -> list[Batch]:
-    """Batches of texts without padding, whose labels are the texts themselves."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 500, (examples, tokens), generator=generator).to(setting.device)
-    return [{"input_ids": part, "labels": part} for part in ids.split(size)]
+    yield _peaks(setting, case, FLOOR, model, texts(2, 1, tokens, setting.device))
 
 
 def _causal(setting: Setting, shape: Shape) -> Any:
-    return lora(shape, setting.rank, setting.device, task_type="CAUSAL_LM", init_lora_weights=False)
+    return lora(shape, setting.rank, setting.device, init_lora_weights=False)
 
 
 def _scores(model: nn.Module, batches: list[Batch]) -> object:

@@ -16,8 +16,8 @@ from fish_tuning import apply_mask, create_mask_from_fisher, remove_mask
 
 
 def top_k(setting: Setting) -> Iterator[Row]:
-    """A quarter of 10^8 scores on the processor, of 10^9 on an accelerator."""
-    size = 10**5 if setting.tiny else 10**8 if setting.on_cpu else 10**9
+    """A quarter of 10^9 scores."""
+    size = 10**5 if setting.tiny else 10**9
     generator = torch.Generator(setting.device).manual_seed(0)
     pool = torch.rand(size, generator=generator, device=setting.device).square_()
 
@@ -31,7 +31,7 @@ def top_k(setting: Setting) -> Iterator[Row]:
             "one read of the data": pool.sum,
             "torch.topk": lambda: pool.topk(size // 4, sorted=False),
         },
-        setting.rounds(5),
+        setting.rounds(3),
         setting.device,
     )
     yield timed(name, rounds, "radix selection", "one read of the data")

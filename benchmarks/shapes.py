@@ -21,6 +21,7 @@ class Shape:
     model: Callable[[], Any]
     targets: tuple[str, ...]
     dtype: torch.dtype = torch.float32
+    task: str = "SEQ_CLS"
 
     def build(self, device: str) -> Any:
         """The model with random weights, in training mode."""
@@ -52,6 +53,7 @@ def _causal(**sizes: Any) -> Callable[[], Any]:
 _QKV = ("query", "key", "value")
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_QKVO, "gate_proj", "up_proj", "down_proj")
+_TEXT = "CAUSAL_LM"
 
 MINILM = Shape(
     "MiniLM-L6",
@@ -88,7 +90,7 @@ _SMOLLM2: dict[str, Any] = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-SMOLLM2 = Shape("SmolLM2-135M", _causal(**_SMOLLM2), _LINEAR)
+SMOLLM2 = Shape("SmolLM2-135M", _causal(**_SMOLLM2), _LINEAR, task=_TEXT)
 _SMALL_CAUSAL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -100,8 +102,16 @@ LARGE_VOCABULARY = Shape(
     "small Llama with a vocabulary of 128,256",
     _causal(vocab_size=128256, **_SMALL_CAUSAL),
     _LINEAR,
+    task=_TEXT,
 )
-TINY_CAUSAL = Shape("tiny Llama", _causal(vocab_size=500, **_SMALL_CAUSAL), _LINEAR)
+TINY_CAUSAL = Shape("tiny Llama", _causal(vocab_size=500, **_SMALL_CAUSAL), _LINEAR, task=_TEXT)
+TINYLLAMA_LAYER = Shape(
+    "one layer of TinyLlama-1.1B in bfloat16",
+    _causal(vocab_size=500, **{**_TINYLLAMA, "num_hidden_layers": 1}),
+    _LINEAR,
+    torch.bfloat16,
+    _TEXT,
+)
 
 
 def batch_of(examples: int, tokens: int, device: str, seed: int = 0) -> Batch:
@@ -138,3 +148,29 @@ def one_by_one(batches: list[Batch]) -> list[Batch]:
             one["attention_mask"] = one["attention_mask"][:, :length]
             singles.append(one)
     return singles
+
+
+def texts(examples: int, size: int, tokens: int, device: str) -> list[Batch]:
+    """Batches of texts of equal length, whose labels are the texts themselves."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 500, (examples, tokens), generator=generator).to(device)
+    return [{"input_ids": part, "labels": part} for part in ids.split(size)]
+
+
+def padded(text: Batch) -> Batch:
+    """The texts cut to lengths from a quarter to all of their tokens, and padded."""
+    ids = text["input_ids"]
+    rows, tokens = ids.shape
+    lengths = torch.linspace(tokens // 4, tokens, rows, device=ids.device).long()[:, None]
+    real = torch.arange(tokens, device=ids.device) < lengths
+    labels = ids.masked_fill(~real, -100)
+    return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
+
+
+def packed(batch: Batch) -> Batch:
+    """The same texts without padding, one after another in one row."""
+    real = batch["attention_mask"].bool()
+    positions = (batch["attention_mask"].cumsum(1) - 1)[real]
+    labels = batch["input_ids"][real].masked_fill(positions == 0, -100)
+    row = {"input_ids": batch["input_ids"][real], "position_ids": positions, "labels": labels}
+    return {name: values[None] for name, values in row.items()}

@@ -8,7 +8,7 @@ import torch
 from benchmarks.base_weights import masked
 from benchmarks.contenders import HEAD, Contender, half_of, hooked, lora, peers, trainable
 from benchmarks.scoring import naive_scores
-from benchmarks.shapes import TINY, batch_of, sentences
+from benchmarks.shapes import TINY, TINY_CAUSAL, batch_of, packed, padded, sentences, texts
 from benchmarks.training import DEFAULT, HOOKS, PUBLISHED, UPPER, half_mask, ways
 from benchmarks.training_memory import bytes_held
 from fish_tuning import calculate_fisher_information, get_mask
@@ -29,6 +29,7 @@ def test_equal_numbers_of_trained_values():
     # AdaLoRA has one more value per rank; DoRA's magnitudes do not add up to the same count.
     assert counts.pop("AdaLoRA r=2") == budget + 2 * 6
     assert budget / 2 < counts.pop("DoRA r=1") < budget
+    assert counts.pop("LoRA-FA r=4") == budget
     assert all(budget - 6 <= count <= budget for count in counts.values()), counts
 
 
@@ -68,6 +69,15 @@ def test_the_naive_loop_scores_the_same():
     expected = calculate_fisher_information(model, batches, progress=False)
     for name, scores in naive_scores(model, batches).items():
         torch.testing.assert_close(scores, expected[name], rtol=1e-3, atol=1e-9)
+
+
+def test_packed_texts_give_the_loss_of_padded_ones():
+    """Guards a packed batch whose texts see each other, or that leaves out tokens."""
+    model = TINY_CAUSAL.build("cpu").eval()
+    with_padding = padded(texts(3, 3, 8, "cpu")[0])
+    assert with_padding["attention_mask"].sum(1).tolist() == [2, 5, 8]
+    expected = model(**with_padding).loss
+    torch.testing.assert_close(model(**packed(with_padding)).loss, expected)
 
 
 def test_sentences_are_padded_to_the_longest():
