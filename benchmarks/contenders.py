@@ -37,7 +37,7 @@ class Contender:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, model: nn.Module) -> Contender:
+    def of(cls, model: Any) -> Contender:
         """The model with AdamW over its trainable parameters; with PEFT's own for LoRA-FA."""
         config = getattr(model, "peft_config", {}).get(LORA_FA)
         if config is not None:

@@ -107,7 +107,7 @@ def files(setting: Setting) -> Iterator[Row]:
 
 
 def _lora(folder: str, shape: Shape, setting: Setting, rank: int) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=shape.dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=shape.dtype)
     config = LoraConfig(task_type=shape.task, r=rank, target_modules=[*shape.targets])
     model = model.to(setting.device).train()
     torch.manual_seed(SEED)

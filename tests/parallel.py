@@ -27,8 +27,10 @@ def scored(model, loader, **options):
     return calculate_fisher_information(model, loader, progress=False, **options)
 
 
-def assert_equal_scores(actual, expected, rtol=1e-6):
-    """Entry by entry: a score is a sum of squares, in which nothing cancels."""
+def assert_equal_scores(actual, expected, rtol=2e-5):
+    """Entry by entry: a score is a sum of squares, in which nothing cancels. In the gradients of
+    these models something does, of an attention's keys above all: in float32 their scores were up
+    to 4e-6 from those in float64."""
     assert list(actual) == list(expected)
     for name, score in expected.items():
         torch.testing.assert_close(actual[name], score, rtol=rtol, atol=0, msg=name)

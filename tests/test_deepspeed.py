@@ -10,12 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
-from transformers import TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from fish_tuning import FishMask, FishTuningTrainer, apply_mask, get_mask, remove_mask
-from tests.models import examples_for, tiny_bert
+from fish_tuning import (
+    FishConfig,
+    FishMask,
+    FishTuningTrainer,
+    apply_mask,
+    create_mask_from_fisher,
+    get_mask,
+    remove_mask,
+    score_with_perturbed_b,
+)
+from tests.models import examples_for, pad, tiny_bert, tiny_llama, with_lora
 from tests.parallel import (
     STEPS,
+    assert_equal_scores,
     assert_identical,
     assert_same_weights,
     error_of,
@@ -72,8 +82,14 @@ def all_parameters(model):
     return import_module("deepspeed").zero.GatheredParameters(list(model.parameters()))
 
 
-def step_of(engine, accelerator, model, rank, step, size=2):
+def batch_for(model, step):
+    """Every example counts alike: those of language models have labels everywhere."""
     batch = labelled_alike(model, step)
+    return batch if batch["labels"].dim() == 1 else {**batch, "labels": batch["input_ids"]}
+
+
+def step_of(engine, accelerator, model, rank, step, size=2):
+    batch = batch_for(model, step)
     part = {key: value[rank * size : (rank + 1) * size] for key, value in batch.items()}
     accelerator.backward(engine(**part).loss)  # Steps too.
 
@@ -228,7 +244,7 @@ def test_zero_3_trains_as_one_process(count, persistent, clipping, tmp_path):
         assert share < 1.1 / count
         for scoring, masking, removing, saving in (errors[:4], errors[4:]):
             for kind, message in (scoring, masking):
-                assert kind == "ValueError" and "before the engine takes it" in message
+                assert kind == "ValueError" and "before the engine takes the model" in message
             assert removing[0] == "RuntimeError" and "cannot be taken off" in removing[1]
             assert saving[0] == "RuntimeError" and "get_state_dict(engine)" in saving[1]
 
@@ -308,7 +324,77 @@ def test_a_model_that_zero_3_has_divided_is_refused(tmp_path):
     for errors in in_processes(2, tmp_path / "a", prepared_without_mask, model, random_mask(model)):
         for kind, message in errors:
             assert kind == "ValueError" and message.startswith("DeepSpeed ZeRO-3 has divided")
-            assert "before the engine takes it" in message
+            assert "before the engine takes the model" in message
+
+
+def loaded_in_slices(folder, count, kind):
+    """A model as transformers loads it with a config of stage 3, with an adapter."""
+    on_the_processor()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = settings(3, train_micro_batch_size_per_gpu=4 // count)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    kept = HfDeepSpeedConfig(config)
+    return with_lora(kind.from_pretrained(folder), lora_dropout=0.0), config, kept
+
+
+def scored_in_slices(rank, folder, batches, count, kind, checkpointing):
+    model, config, _ = loaded_in_slices(folder, count, kind)
+    base = [p for p in model.parameters() if not p.requires_grad]
+    share = sum(p.ds_tensor.numel() for p in base) / sum(p.ds_numel for p in base)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+    given = {name: p.detach().clone() for name, p in trainable(model).items()}
+    scores = score_with_perturbed_b(model, batches, progress=False)
+    held = max(p.numel() for p in base)
+    mask = create_mask_from_fisher(scores, 0.3, scope="adaptive")
+    apply_mask(model, mask)
+    model.save_pretrained(folder.parent / f"start-{rank}")
+    engine, _, accelerator = prepared(model, config)
+    for step in range(20):
+        step_of(engine, accelerator, model, rank, step, 4 // count)
+    with all_parameters(model):
+        return share, held, given, dict(scores), dict(mask), tensors_of(model, mask)
+
+
+@pytest.mark.parametrize(
+    ("count", "tiny", "checkpointing"),
+    [
+        (2, tiny_bert(hidden_dropout_prob=0, attention_probs_dropout_prob=0), False),
+        (2, tiny_llama(tie_word_embeddings=True), True),
+        (4, tiny_llama(), False),
+    ],
+    ids=["bert", "tied llama", "llama"],
+)
+def test_a_model_that_was_divided_as_it_was_loaded(count, tiny, checkpointing, tmp_path):
+    """Guards the usual order under ZeRO-3, in which no process ever holds the base model: scores,
+    mask and 20 steps are those of one process."""
+    tiny.save_pretrained(tmp_path / "m")
+    kind = type(tiny)
+    base = kind.from_pretrained(tmp_path / "m")
+    batches = [pad(examples_for(base, 4, seed, shortest=4, longest=9)) for seed in (1, 2)]
+    model = with_lora(base, lora_dropout=0.0)
+    expected = score_with_perturbed_b(model, batches, progress=False)
+    arguments = tmp_path / "m", batches, count, kind, checkpointing
+    by_rank = in_processes(count, tmp_path / "a", scored_in_slices, *arguments)
+    mask = create_mask_from_fisher(expected, 0.3, scope="adaptive")
+    before = tensors_of(model, mask)
+    for share, held, given, scores, found, _ in by_rank:
+        assert share < 1.1 / count
+        assert held == 0
+        assert_identical([dict(trainable(model)), given])
+        assert_equal_scores(scores, expected)
+        assert_identical([dict(mask), found])
+    one = apply_mask(model, mask)
+    optimizer = optimizer_for(one)
+    for step in range(20):
+        one(**batch_for(one, step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_weights([tensors for *_, tensors in by_rank], tensors_of(one, mask), before)
+    assert FishMask.from_pretrained(tmp_path / "start-0") == mask
 
 
 def in_file(name):
@@ -316,8 +402,8 @@ def in_file(name):
     return name.replace(".default.", ".").replace(".modules_to_save.", ".")
 
 
-def trainer_for(folder, model, mask, config, **arguments):
-    """transformers' Trainer on the processor, where it knows nothing of gloo under DeepSpeed."""
+def before_training_arguments():
+    """On the processor, transformers' Trainer knows nothing of gloo under DeepSpeed."""
     on_the_processor()
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
@@ -325,15 +411,23 @@ def trainer_for(folder, model, mask, config, **arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
+
+
+def zero_arguments(folder, config, **arguments):
+    return TrainingArguments(
+        str(folder),
+        deepspeed=config,
+        accelerator_config={"use_configured_state": True},
+        **trainer_settings(2),
+        **arguments,
+    )
+
+
+def trainer_for(folder, model, mask, config, **arguments):
+    before_training_arguments()
     return FishTuningTrainer(
         model=model,
-        args=TrainingArguments(
-            str(folder),
-            deepspeed=config,
-            accelerator_config={"use_configured_state": True},
-            **trainer_settings(2),
-            **arguments,
-        ),
+        args=zero_arguments(folder, config, **arguments),
         train_dataset=examples_for(model, 12, shortest=6, longest=6),
         eval_dataset=examples_for(model, 4, seed=1, shortest=6, longest=6),
         mask=mask,
@@ -495,3 +589,38 @@ def test_trainer(stage, tmp_path):
         named = {in_file(name): tensor for name, tensor in best.items()}
         assert_identical([kept, {name: named.pop(name) for name in kept}])
         assert not named
+
+
+def trained_from_files(rank, folder, count):
+    """As users of a Trainer go: its arguments first, then the model from its files."""
+    if count > 1:
+        before_training_arguments()
+        args = zero_arguments(folder / f"{count}", settings(3, **AUTO))
+    else:
+        args = TrainingArguments(str(folder / f"{count}"), use_cpu=True, **trainer_settings(4))
+    model = with_lora(LlamaForCausalLM.from_pretrained(folder / "m"), lora_dropout=0.0)
+    assert (count > 1) == (model.get_input_embeddings().weight.numel() == 0)
+    examples = examples_for(model, 16, shortest=6, longest=6)
+    examples = [{**example, "labels": example["input_ids"]} for example in examples]
+    trainer = FishTuningTrainer(
+        model=model,
+        args=args,
+        train_dataset=examples[:12],
+        eval_dataset=examples[12:],
+        fish_config=FishConfig(keep_ratio=0.3, num_samples=8, names_to_exclude=()),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def test_trainer_of_a_model_that_was_divided_as_it_was_loaded(tmp_path):
+    """Guards the Trainer's own scoring of a base model that no process holds."""
+    tiny_llama().save_pretrained(tmp_path / "m")
+    in_processes(2, tmp_path / "a", trained_from_files, tmp_path, 2)
+    trained_from_files(0, tmp_path, 1)
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "12")
+    assert list(one) == list(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    masks = [FishMask.from_pretrained(tmp_path / n) for n in "12"]
+    assert masks[0] == masks[1]

@@ -97,7 +97,7 @@ def test_zero_3_is_refused():
     """Guards against scores of the empty tensors that DeepSpeed ZeRO-3 leaves in a model."""
     model = lora_bert()
     mask = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in trainable(model).items()}
-    next(model.parameters()).ds_id = 0
+    next(iter(trainable(model).values())).ds_id = 0
     for call in (lambda: scored(model, []), lambda: apply_mask(model, mask)):
         with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 has divided .* before the engine"):
             call()

@@ -39,11 +39,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    if divided_by_zero_3(model):
+    if any(is_in_zero_3(parameter) for parameter in model.parameters() if parameter.requires_grad):
         raise ValueError(
-            "DeepSpeed ZeRO-3 has divided the model's parameters among the processes: score and "
-            "mask the model before the engine takes it, and load it before there is a config of "
-            "stage 3, with which from_pretrained divides it (TrainingArguments, HfDeepSpeedConfig)"
+            "DeepSpeed ZeRO-3 has divided what is to be trained among the processes: score and "
+            "mask an adapter before the engine takes the model; to select from the model's own "
+            "weights, load it before there is a config of stage 3, with which from_pretrained "
+            "divides it (TrainingArguments, HfDeepSpeedConfig), or divide it with fully_shard"
         )
     if (engine := _dividing_engine(model)) is not None:
         raise ValueError(
@@ -158,11 +159,6 @@ def _held_by_deepspeed(model: nn.Module) -> bool:
     # ZeRO records on each parameter where its copy is.
     has_copies = any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
     return has_copies or isinstance(model, engine)
-
-
-def divided_by_zero_3(model: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 has divided a model's parameters among the processes."""
-    return any(map(is_in_zero_3, model.parameters()))
 
 
 def is_in_zero_3(parameter: Tensor) -> bool:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fish_tuning.arguments import check_integer
-from fish_tuning.engines import check_in_memory, device_of
+from fish_tuning.engines import check_in_memory, device_of, is_in_zero_3
 from fish_tuning.parts import is_divided
 from fish_tuning.per_example.sums import GradientSums
+from fish_tuning.scoring import zero3
 from fish_tuning.scoring.evaluating import evaluating
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
 from fish_tuning.scoring.inputs.padding import parts_by_length
@@ -70,7 +71,7 @@ def mean_over_examples(
         {name: p for name, p in parameters.items() if not is_divided(p)},
         device_of(model),
         dividing=not objective.one_at_a_time,
-        together=sums.divided,
+        together=sums.divided or any(map(is_in_zero_3, model.parameters())),
     )
     hidden = not progress or processes.rank > 0
     bar = tqdm(total=num_samples, desc="Fisher", unit="example", disable=hidden)
@@ -80,7 +81,7 @@ def mean_over_examples(
     unpack = Unpacker(objective.forward)
     keep_differentiable(model)
     sharing = processes.sharing(calibration_dataloader)
-    with sharded.scoring(), evaluating(model), sharing as batches, bar:
+    with sharded.scoring(), zero3.gathering(model), evaluating(model), sharing as batches, bar:
         for own, batch in batches:
             batch = objective.read(batch)
             if batch_size(batch) == 0:

@@ -74,7 +74,8 @@ def calculate_fisher_information(
     model and the same calibration set. Each scores a part of the batches, and all return the
     scores of the whole set. A loader that accelerate or a `DistributedSampler` has divided is read
     undivided, so no example is repeated or dropped. If `fully_shard` (FSDP2) has divided the model,
-    each process scores all batches, but only the rows of the parameters that it holds.
+    each process scores all batches, but only the rows of the parameters that it holds. If DeepSpeed
+    ZeRO-3 has divided the frozen weights, each process scores all batches.
 
     Args:
         model: Any transformers or PEFT model, or an `nn.Module` whose output is the logits or has

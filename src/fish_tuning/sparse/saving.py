@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fish_tuning.engines import divided_by_zero_3, is_sharded
+from fish_tuning.engines import is_in_zero_3, is_sharded
 from fish_tuning.mask.card import write_card
 from fish_tuning.mask.checkpoint import mask_folders, mask_of_checkpoint
 from fish_tuning.mask.files import JSON_FILE
@@ -202,7 +203,7 @@ def _save_pretrained(
     if given is None and is_sharded(model):
         given = _gathered(model)
     if given is None:
-        _check_complete(model)
+        _check_complete(state, model)
     # Trainers gather one from all processes, and then save it in the first.
     state.check(alone=given is not None)
     if given is not None:
@@ -215,13 +216,15 @@ def _save_pretrained(
     return result
 
 
-def _check_complete(model: nn.Module) -> None:
-    """Refuse to save what a process holds of a model that ZeRO-3 has divided.
+def _check_complete(state: MaskState, model: nn.Module) -> None:
+    """Refuse to save the slices that a process holds of what ZeRO-3 trains.
 
     Raises:
         RuntimeError: It has.
     """
-    if divided_by_zero_3(model):
+    values = (value for group in state.groups for value in group.trained())
+    trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if any(map(is_in_zero_3, chain(values, trainable))):
         raise RuntimeError(
             "DeepSpeed ZeRO-3 leaves each process a part of the model: in all processes, gather it "
             "with state_dict = accelerator.get_state_dict(engine); then, in the first, call "
@@ -241,7 +244,7 @@ def _save_adapter(
     state: MaskState, model: Any, name: str, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """The adapters library's save_adapter, with the mask beside what it writes."""
-    _check_complete(model)
+    _check_complete(state, model)
     state.check()
     result = original(model, name)(save_directory, *args, **kwargs)
     write_mask(model, save_directory)

@@ -31,7 +31,7 @@ BAD = [
     ("learning_rates: {LoRA-FISH: 0}", r"learning_rates\.LoRA-FISH: 0 should be greater than 0"),
     (
         "learning_rates: {LoRA-FISH: [1.0e-3, 1.0e-2]}",
-        r"learning_rates\.LoRA-FISH: lists rates for a search; keep one of them, or add learning_rate",
+        r"learning_rates\.LoRA-FISH: lists rates for a search; keep one of them, or add",
     ),
     (
         "learning_rates: {LoRA-FISH: [1.0e-3]}",
