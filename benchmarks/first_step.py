@@ -31,8 +31,8 @@ FLOOR = "the same and a forward and backward pass over the calibration examples"
 def time_to_the_first_step(setting: Setting) -> Iterator[Row]:
     """Masked LoRA and LoRA of half the rank, each from the model's files, 32 texts to score."""
     shape = TINY_CAUSAL if setting.tiny else SMOLLM2
-    size, tokens = (2, 8) if setting.tiny else (4, 128)
-    data = texts(8 * size, size, tokens, setting.device)
+    size, tokens = (2, 8) if setting.tiny else (8, 64)
+    data = texts(4 * size, size, tokens, setting.device)
     with TemporaryDirectory() as folder:
         shape.build("cpu").save_pretrained(folder)
         load = partial(_lora, folder, shape, setting)

@@ -25,7 +25,7 @@ def time_of_scoring_text(setting: Setting) -> Iterator[Row]:
     shape = TINY_CAUSAL if setting.tiny else SMOLLM2
     model = _causal(setting, shape).eval()
     size = 4 if setting.tiny else 8
-    for examples, tokens in ((8, 8), (4, 16)) if setting.tiny else ((128, 64), (32, 256)):
+    for examples, tokens in ((8, 8), (4, 16)) if setting.tiny else ((64, 64), (16, 256)):
         batches = texts(examples, size, tokens, setting.device)
         rounds = take_turns(
             {OURS: partial(_scores, model, batches), FLOOR: partial(plain_pass, model, batches)},

@@ -123,7 +123,7 @@ def _step_rows(case: str, rounds: Rounds, rank: int) -> Iterator[Row]:
         rounds,
         DEFAULT,
         half,
-        at_most=1,
+        at_most=0.99,
         rest="matrices of twice the rank, writing the values and gathering their gradients",
     )
     yield timed(case, rounds, PUBLISHED, half, at_most=1, rest="matrices of twice the rank")

@@ -18,7 +18,7 @@ from fish_tuning.experiments.results import Results, Run
 from fish_tuning.experiments.tables import Table
 
 FOLDER = STUDY / "language_models"
-BUDGETS = {"57,600": "e2e", "10,000": "e2e_small"}
+BUDGETS = {"57,600": "e2e"}
 """Number of trainable values to the sweep with arms of that size."""
 NAMES = {"Original LoRA": "LoRA r=1, q and v", "LoRA-FISH": "FISH", "LoRA-FISH-rand": "random"}
 """What the page calls arms whose names say little without their config."""

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
@@ -19,6 +20,7 @@ from fish_tuning import (
     apply_mask,
     create_mask_from_fisher,
     get_mask,
+    mask_trainer,
     remove_mask,
     score_with_perturbed_b,
 )
@@ -38,6 +40,7 @@ from tests.parallel import (
     trainable,
 )
 from tests.processes import in_processes
+from tests.training import WORDS, tiny_tokenizer
 
 # Imported in the processes alone: it is slow, and asks for the accelerator once and for all.
 pytestmark = [
@@ -413,8 +416,8 @@ def before_training_arguments():
     PartialState(backend="gloo")
 
 
-def zero_arguments(folder, config, **arguments):
-    return TrainingArguments(
+def zero_arguments(folder, config, kind=TrainingArguments, **arguments):
+    return kind(
         str(folder),
         deepspeed=config,
         accelerator_config={"use_configured_state": True},
@@ -524,6 +527,9 @@ def trainer_settings(batch_size):
         "save_steps": 2,
         "report_to": "none",
         "disable_tqdm": True,
+        # TRL has other defaults than transformers; its checkpointing is reentrant with ZeRO-3.
+        "bf16": False,
+        "gradient_checkpointing": False,
     }
 
 
@@ -591,33 +597,55 @@ def test_trainer(stage, tmp_path):
         assert not named
 
 
-def trained_from_files(rank, folder, count):
+def trained_from_files(rank, folder, count, flow):
     """As users of a Trainer go: its arguments first, then the model from its files."""
+    kind = TrainingArguments if flow is ours else import_module("trl").SFTConfig
     if count > 1:
         before_training_arguments()
-        args = zero_arguments(folder / f"{count}", settings(3, **AUTO))
+        args = zero_arguments(folder / f"{count}", settings(3, **AUTO), kind)
     else:
-        args = TrainingArguments(str(folder / f"{count}"), use_cpu=True, **trainer_settings(4))
+        args = kind(str(folder / f"{count}"), use_cpu=True, **trainer_settings(4))
     model = with_lora(LlamaForCausalLM.from_pretrained(folder / "m"), lora_dropout=0.0)
     assert (count > 1) == (model.get_input_embeddings().weight.numel() == 0)
-    examples = examples_for(model, 16, shortest=6, longest=6)
-    examples = [{**example, "labels": example["input_ids"]} for example in examples]
-    trainer = FishTuningTrainer(
-        model=model,
-        args=args,
-        train_dataset=examples[:12],
-        eval_dataset=examples[12:],
-        fish_config=FishConfig(keep_ratio=0.3, num_samples=8, names_to_exclude=()),
-    )
+    trainer = flow(model, args)
     trainer.train()
     trainer.save_model()
 
 
-def test_trainer_of_a_model_that_was_divided_as_it_was_loaded(tmp_path):
-    """Guards the Trainer's own scoring of a base model that no process holds."""
+FISH = FishConfig(keep_ratio=0.3, num_samples=8, names_to_exclude=())
+
+
+def ours(model, args):
+    examples = examples_for(model, 16, shortest=6, longest=6)
+    examples = [{**example, "labels": example["input_ids"]} for example in examples]
+    train_set, eval_set = examples[:12], examples[12:]
+    return FishTuningTrainer(
+        model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, fish_config=FISH
+    )
+
+
+def of_trl(model, args):
+    """As the documentation says: TRL's own checkpointing would be reentrant here."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    words = WORDS[3:]
+    texts = [" ".join(words[i * j % len(words)] for j in range(1, 7)) for i in range(1, 17)]
+    trainer = import_module("trl").SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"text": texts[:12]}),
+        eval_dataset=Dataset.from_dict({"text": texts[12:]}),
+        processing_class=tiny_tokenizer(),
+    )
+    mask_trainer(trainer, FISH, progress=False)
+    return trainer
+
+
+@pytest.mark.parametrize("flow", [ours, of_trl])
+def test_trainer_of_a_model_that_was_divided_as_it_was_loaded(flow, tmp_path):
+    """Guards the Trainers' own scoring of a base model that no process holds."""
     tiny_llama().save_pretrained(tmp_path / "m")
-    in_processes(2, tmp_path / "a", trained_from_files, tmp_path, 2)
-    trained_from_files(0, tmp_path, 1)
+    in_processes(2, tmp_path / "a", trained_from_files, tmp_path, 2, flow)
+    trained_from_files(0, tmp_path, 1, flow)
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "12")
     assert list(one) == list(two)
     for name, tensor in one.items():

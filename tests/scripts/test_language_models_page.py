@@ -1,10 +1,30 @@
 """The page of the language models: its tables are made from runs alone."""
 
+from pathlib import Path
+
 import language_models_page as page
 import pytest
+from study_runs import filled
 
+from fish_tuning.experiments.config.load import load_config
 from fish_tuning.experiments.report.results_csv import csv_table
 from fish_tuning.experiments.results import Results, Run
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "studies" / "language_models"
+
+
+def test_tables_are_those_of_the_runs():
+    """Guards every number in the page's tables: made from the committed runs, not written."""
+    text = (page.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert filled(text, page.tables()) == text
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(page.tables())
+
+
+@pytest.mark.parametrize("name", ["e2e", "e2e_small"])
+def test_configs_are_whole(name):
+    """Guards the configs: they load, and their search leaves seeds that count untouched."""
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    assert not set(config.learning_rate_search.seeds) & set(config.seeds)
 
 
 def run(arm, seed, rate, loss, held_out=None):
