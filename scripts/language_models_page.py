@@ -25,8 +25,8 @@ NAMES = {"Original LoRA": "LoRA r=1, q and v", "LoRA-FISH": "FISH", "LoRA-FISH-r
 OTHER_TEXT = "python_reference_perplexity"
 METRICS = {"loss": "eval_loss", "BLEU": "bleu", "ROUGE-L": "rouge_l", "other text": OTHER_TEXT}
 """Column to metric. All are means over the seeds, with the deviation between them."""
-COSTS = ("training (s)", "peak (GB)", "file (MB)")
-STYLES = {"eval_loss": "{:.3f}", "bleu": "{:.1f}", "rouge_l": "{:.1f}", OTHER_TEXT: "{:.2f}"}
+COSTS = ("training (s)", "file (MB)")
+STYLES = {"eval_loss": "{:.3f}", "bleu": "{:.1f}", "rouge_l": "{:.3f}", OTHER_TEXT: "{:.2f}"}
 
 
 def main() -> None:
@@ -70,7 +70,6 @@ def arms_table(groups: Mapping[str, ArmRuns]) -> Table:
                 *(_spread(group, metric) for metric in METRICS.values()),
                 str(len(runs)),
                 f"{median(r.train_seconds for r in runs if r.train_seconds):.0f}",
-                f"{median(r.peak_memory_bytes / 1e9 for r in runs if r.peak_memory_bytes):.2f}",
                 f"{median(r.adapter_bytes / 1e6 for r in runs if r.adapter_bytes):.2f}",
             )
         )
@@ -79,8 +78,11 @@ def arms_table(groups: Mapping[str, ArmRuns]) -> Table:
 
 def _before_row(runs: Sequence[Run]) -> tuple[str, ...]:
     """What the model gives before training, which is the same for all arms."""
+    known = runs[0].metrics_before  # Nothing is generated before training.
     metrics = (
         STYLES[metric].format(median(run.metrics_before[metric] for run in runs))
+        if metric in known
+        else ""
         for metric in METRICS.values()
     )
     return ("before training", "0", "", *metrics, *("" for _ in ("seeds", *COSTS)))

@@ -41,7 +41,6 @@ def run(arm, seed, rate, loss, held_out=None):
         config={},
         main_metric="eval_loss",
         trainable_params=57_600,
-        peak_memory_bytes=3_000_000_000,
         adapter_bytes=250_000,
         metrics=metrics,
         metrics_before={**metrics, "eval_loss": 2.5},

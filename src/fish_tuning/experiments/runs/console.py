@@ -56,9 +56,15 @@ class ProgressLines:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def expect(self, runs: int) -> None:
-        """Say how many runs follow; the time left is estimated from those that have ended."""
+    def expect(self, runs: int, finished: int) -> None:
+        """Show how many runs are finished already, of those that follow and these.
+
+        The time left is estimated from those that end from now on.
+        """
         self._expected, self._ended, self._began = runs, 0, time.monotonic()
+        if finished:
+            kept = f"{finished} of {runs + finished} runs are finished already"
+            self._progress.console.print(kept, highlight=False, soft_wrap=True)
 
     def begin(self, arm: Arm) -> Report:
         """Show that a run begins; call the returned function at each of its steps."""

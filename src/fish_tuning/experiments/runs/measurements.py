@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -165,7 +168,8 @@ class PeakMemory:
     """Measures the peak memory inside a `with` block: of the accelerator, if there is one.
 
     Without an accelerator it samples the process's resident memory 50 times per second. That
-    includes the interpreter, all libraries, and what earlier runs have not freed.
+    includes the interpreter and all libraries. What earlier runs have freed is first returned to
+    the system: the C library would keep some of it, and it would count for every later run.
     """
 
     def __init__(self) -> None:
@@ -189,6 +193,7 @@ class PeakMemory:
         if self.of != "process":
             torch.cuda.reset_peak_memory_stats()
         else:
+            _return_freed_memory()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -206,3 +211,9 @@ class PeakMemory:
             self._peak = max(self._peak, process.memory_info().rss)
             if self._done.wait(0.02):
                 return
+
+
+def _return_freed_memory() -> None:
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # Of glibc.

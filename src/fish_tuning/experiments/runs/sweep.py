@@ -103,7 +103,7 @@ class _Sweep:
                 if arm.run_id in finished:
                     discard_temporary(run_folder(self.folder, arm))
         left = [arm for arm in arms if arm.run_id not in finished]
-        self.progress.expect(len(left))
+        self.progress.expect(len(left), len(arms) - len(left))
         for arm, run in self.executor(left, experiment, self.folder, self.progress.begin):
             self.progress.end(arm, run)
             processes.in_main(self._write)
