@@ -17,7 +17,7 @@ from benchmarks.contenders import Contender, masked
 from benchmarks.measure import take_turns
 from benchmarks.scoring import plain_pass
 from benchmarks.setting import Setting
-from benchmarks.shapes import SMOLLM2, TINY_CAUSAL, Shape, texts
+from benchmarks.shapes import Shape, texts
 from benchmarks.table import Row, exact, megabytes, timed
 from fish_tuning import pack, unpack
 
@@ -30,7 +30,7 @@ FLOOR = "the same and a forward and backward pass over the calibration examples"
 
 def time_to_the_first_step(setting: Setting) -> Iterator[Row]:
     """Masked LoRA and LoRA of half the rank, each from the model's files, 32 texts to score."""
-    shape = TINY_CAUSAL if setting.tiny else SMOLLM2
+    shape = setting.language_model
     size, tokens = (2, 8) if setting.tiny else (8, 64)
     data = texts(4 * size, size, tokens, setting.device)
     with TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def time_to_the_first_step(setting: Setting) -> Iterator[Row]:
 
 def files(setting: Setting) -> Iterator[Row]:
     """What a trained masked adapter takes on disk, beside LoRA with as many trainable values."""
-    shape = TINY_CAUSAL if setting.tiny else SMOLLM2
+    shape = setting.language_model
     data = texts(4, 4, 8, setting.device)
     with TemporaryDirectory() as base:
         shape.build("cpu").save_pretrained(base)

@@ -12,7 +12,7 @@ from benchmarks.contenders import lora
 from benchmarks.measure import peak_memory, take_turns
 from benchmarks.scoring import plain_pass
 from benchmarks.setting import Setting
-from benchmarks.shapes import LARGE_VOCABULARY, SMOLLM2, TINY_CAUSAL, Batch, Shape, texts
+from benchmarks.shapes import LARGE_VOCABULARY, TINY_CAUSAL, Batch, Shape, texts
 from benchmarks.table import Row, exact, megabytes, timed
 from fish_tuning import calculate_fisher_information
 
@@ -22,7 +22,7 @@ FLOOR = "forward and backward"
 
 def time_of_scoring_text(setting: Setting) -> Iterator[Row]:
     """Short and long texts on SmolLM2, LoRA on all linear layers."""
-    shape = TINY_CAUSAL if setting.tiny else SMOLLM2
+    shape = setting.language_model
     model = _causal(setting, shape).eval()
     size = 4 if setting.tiny else 8
     for examples, tokens in ((8, 8), (4, 16)) if setting.tiny else ((64, 64), (16, 256)):
@@ -47,7 +47,7 @@ def time_of_scoring_text(setting: Setting) -> Iterator[Row]:
 
 def memory_of_scoring_text(setting: Setting) -> Iterator[Row]:
     """Peak memory beyond the model: as it is, with gradient checkpointing, a large vocabulary."""
-    shape = TINY_CAUSAL if setting.tiny else SMOLLM2
+    shape = setting.language_model
     size, tokens = (4, 8) if setting.tiny else (8, 64)
     model = _causal(setting, shape).eval()
     batches = texts(2 * size, size, tokens, setting.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.shapes import BERT_BASE, MINILM, TINY, TINYLLAMA, Shape
+from benchmarks.shapes import BERT_BASE, MINILM, SMOLLM2, TINY, TINY_CAUSAL, TINYLLAMA, Shape
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Setting:
     def base(self) -> Shape:
         """The model of the cases that use only one."""
         return TINY if self.tiny else BERT_BASE
+
+    @property
+    def language_model(self) -> Shape:
+        """The language model of the cases that use only one."""
+        return TINY_CAUSAL if self.tiny else SMOLLM2
 
     @property
     def rank(self) -> int:

@@ -51,7 +51,7 @@ def time_of_a_step_on_text(setting: Setting) -> Iterator[Row]:
 
 def time_of_peers_on_text(setting: Setting) -> Iterator[Row]:
     """Padded texts, beside PEFT's other methods."""
-    shape, rank = _shape(setting), setting.rank
+    shape, rank = setting.language_model, setting.rank
     ways = {DEFAULT: _ways(shape, rank)[DEFAULT], **peers(shape, rank // 2)}
     contenders = {name: Contender.of(way(setting.device)) for name, way in ways.items()}
     batch = _padded_texts(setting, shape)
@@ -64,7 +64,7 @@ def time_of_peers_on_text(setting: Setting) -> Iterator[Row]:
 
 def memory_of_training_on_text(setting: Setting) -> Iterator[Row]:
     """Peak bytes of all contenders, against LoRA with as many trainable values."""
-    shape, rank = _shape(setting), setting.rank
+    shape, rank = setting.language_model, setting.rank
     batch, half = _padded_texts(setting, shape), f"LoRA r={rank // 2}"
     ways = {**_ways(shape, rank), **peers(shape, rank // 2)}
     peaks = {name: peak_of_training(way, batch, setting.device) for name, way in ways.items()}
@@ -79,10 +79,6 @@ def memory_of_training_on_text(setting: Setting) -> Iterator[Row]:
             rest="entries that stay frozen, the trained values beside their places in the tensors, "
             "their index, and activations of twice as many ranks",
         )
-
-
-def _shape(setting: Setting) -> Shape:
-    return TINY_CAUSAL if setting.tiny else SMOLLM2
 
 
 def _ways(shape: Shape, rank: int) -> dict[str, Way]:
