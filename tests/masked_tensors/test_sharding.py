@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from fish_tuning import apply_mask, remove_mask
@@ -39,7 +40,7 @@ def test_a_sharded_model_trains_as_it_does_without(one_process):
     plain = lora_mlp()
     apply_mask(plain, random_mask(plain))
     masked = copy.deepcopy(plain)
-    sharded: Any = fully_shard(masked)
+    sharded: Any = fully_shard(masked, mesh=init_device_mesh("cpu", (1,)))
     for model in (plain, sharded):
         optimizer = torch.optim.AdamW(model.parameters(), 0.1)
         for step in range(3):

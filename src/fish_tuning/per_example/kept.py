@@ -23,13 +23,17 @@ class Kept:
         apply: Any = _Keep.apply  # untyped
         # `data` rather than `detach()`: a model may overwrite an input that autograd does not need
         # (a bias has a gradient without it). The comparison with autograd finds what is wrong then.
-        self._function: Any = apply(leaf, tensor.data).grad_fn
+        # The result is kept, not its function: before torch 2.13 the function does not keep what it
+        # saved once its result is gone.
+        self._result: Tensor | None = apply(leaf, tensor.data)
 
     def get(self, *, last: bool) -> Tensor:
         """The tensor, at most once in each backward pass; after the last time it is let go."""
-        (tensor,) = self._function.saved_tensors
+        assert self._result is not None
+        function: Any = self._result.grad_fn  # untyped
+        (tensor,) = function.saved_tensors
         if last:
-            self._function = None
+            self._result = None
         return tensor  # type: ignore[no-any-return]
 
 

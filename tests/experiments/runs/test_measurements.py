@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 PROGRAM = """
 import torch
@@ -22,6 +23,7 @@ print(before.peak - after.peak)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' allocators differ")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the process's memory")
 def test_memory_of_earlier_runs_does_not_count():
     """Guards peaks of a sweep against what the C library keeps of runs before: here, all of it."""
     kept = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_MAX_": "0"}

@@ -82,7 +82,8 @@ def test_what_a_record_holds(sweep):
         kinds = {h.kind: sum(h.counts) + h.zeros for h in run.score_histograms}
         assert kinds == ({"lora_A": 768, "lora_B": 768, "other": 34} if fisher else {})
         assert (run.score_seconds > 0) == (run.ratio is not None)
-        assert run.versions["torch"] == torch.__version__ and run.hardware["memory_bytes"] > 0
+        assert torch.__version__.startswith(run.versions["torch"])
+        assert run.hardware["memory_bytes"] > 0
         left = {path.name for path in (folder / run.adapter).parent.iterdir()}
         assert left == {"adapter", "result.json"}
 
