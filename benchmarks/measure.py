@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+LONGEST, FEWEST = 45.0, 3
+"""After so many seconds, contenders take no further turns, once they have had so many."""
+
 LOW, HIGH = 0.1, 0.9
 """The spread of a figure: these quantiles over the rounds."""
 
@@ -63,13 +66,16 @@ def take_turns(
 
     Args:
         contenders: What to time, by name.
-        rounds: How many measured rounds to run.
+        rounds: How many measured rounds to run; fewer if they take longer than LONGEST.
         device: Where they run.
         warmup: How many rounds to run before those, not measured.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
     for number in range(-warmup, rounds):
+        if number >= FEWEST and time.perf_counter() - began > LONGEST:
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             synchronize(device)

@@ -220,7 +220,8 @@ def test_masking_before_and_after_the_move(build):
     train(after)
     assert_frozen(after, mask, before)
     assert_same(first, after, mask, rtol=1e-6, atol=1e-6)
-    assert_same(after, alone, mask, rtol=1e-5, atol=1e-5)
+    # AdamW takes a full step for a small gradient, too, whose rounding errors are large.
+    assert_same(after, alone, mask, rtol=1e-4, atol=1e-4)
 
 
 OPTIMIZERS = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import measure
 from benchmarks.measure import Rounds, Spread, peak_memory, take_turns
 
 
@@ -15,6 +16,15 @@ def test_contenders_take_turns():
     in_order = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert in_order[1:] == ["abc", "bca", "cab"]
     assert sorted(in_order[0]) == names
+
+
+def test_slow_contenders_take_fewer_turns(monkeypatch):
+    """Guards against a suite that takes hours on a slow machine."""
+    monkeypatch.setattr(measure, "LONGEST", 0.0)
+    calls = []
+    rounds = take_turns({n: lambda n=n: calls.append(n) for n in "ab"}, 9, "cpu", warmup=1)
+    assert [len(rounds.seconds[name]) for name in "ab"] == [measure.FEWEST] * 2
+    assert len(calls) == 2 * (1 + measure.FEWEST)
 
 
 def test_ratios_pair_the_rounds():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fish_tuning.per_example.checks import TotalsCheck
 from fish_tuning.per_example.closed_forms import embedding_rows
+from fish_tuning.per_example.rows import add_rows
 from fish_tuning.per_example.sources import Bundle, Call, Sources
 from fish_tuning.per_example.sums import GradientSums
 
@@ -86,7 +87,7 @@ def _accumulate_lookups(
     # An example may look up a row several times: its gradients are added before they are squared.
     vocabulary = len(total)
     looked_up, position = (ids + vocabulary * example).unique(return_inverse=True)
-    gradients = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, position, g)
+    gradients = add_rows(g.new_zeros(len(looked_up), g.shape[-1]), position, g)
     if check is not None:
         check.add_rows(name, ids, g)
     sums.add_rows(name, looked_up % vocabulary, gradients)

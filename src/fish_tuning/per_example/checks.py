@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fish_tuning.parts import totals
 from fish_tuning.per_example.errors import OnePassError
+from fish_tuning.per_example.rows import add_rows
 from fish_tuning.per_example.sources import Bundle, Call, Sources
 from fish_tuning.per_example.sums import GradientSums
 
@@ -106,7 +107,7 @@ class TotalsCheck:
 
     def add_rows(self, name: str, rows: Tensor, gradients: Tensor) -> None:
         """Adds gradients (n, d) of some rows (n,) of a matrix, as `GradientSums.add_rows`."""
-        self._totals[name].index_add_(0, rows, gradients)
+        add_rows(self._totals[name], rows, gradients)
 
     @torch.no_grad()
     def compare(self, sources: Sources, gradients: Mapping[str, Tensor]) -> None:

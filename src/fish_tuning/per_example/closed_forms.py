@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from fish_tuning.parts import Part
+from fish_tuning.per_example.rows import add_rows
 
 ClosedForm = Callable[[nn.Module, Tensor, Tensor, Part], Tensor]
 """(module, its input, the gradient of its output, the parameter's rows that are wanted) ->
@@ -57,8 +58,11 @@ def _bias(module: nn.Module, x: Tensor, g: Tensor, part: Part) -> Tensor:
 def embedding_weight(module: Any, x: Tensor, g: Tensor, part: Part) -> Tensor:
     """`y = W[x]`: (b, t), (b, t, d) -> (b, vocabulary, d)."""
     ids, g = embedding_rows(module, x, g)
-    gradients = g.new_zeros(len(g), module.weight.shape[0], g.shape[-1])
-    return part.take(gradients.scatter_add_(1, ids.unsqueeze(-1).expand_as(g), g), 1)
+    examples, vocabulary = len(g), module.weight.shape[0]
+    rows = ids + vocabulary * torch.arange(examples, device=ids.device).unsqueeze(1)
+    gradients = g.new_zeros(examples * vocabulary, g.shape[-1])
+    gradients = add_rows(gradients, rows.flatten(), g.flatten(0, 1))
+    return part.take(gradients.unflatten(0, (examples, vocabulary)), 1)
 
 
 def embedding_rows(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

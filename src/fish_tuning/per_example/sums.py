@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fish_tuning.parts import Part
+from fish_tuning.per_example.rows import add_rows
 from fish_tuning.sharded_model import ShardedModel
 
 
@@ -88,7 +89,7 @@ class GradientSums:
 
         The rows count from the first one that this process adds up.
         """
-        self.totals[name].index_add_(0, rows, self._powers(gradients))
+        add_rows(self.totals[name], rows, self._powers(gradients))
 
     def reset(self) -> None:
         """Sets all sums to zero."""
