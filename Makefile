@@ -92,12 +92,13 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 OLDEST_TESTS := per_example scoring selection sparse packing mask/test_mask.py mask/test_files.py test_package.py test_names.py \
 	test_config.py test_fish_model.py test_families.py test_trainer.py
-# Torch 2.8 cannot differentiate a float64 loss of float32 labels, a model's own loss included.
-OF_NEWER_TORCH := not test_tasks and not test_labels_are_read_as_the_model_reads_them \
-	and not test_a_batch_of_one_output_keeps_its_shape
+# Torch 2.8 cannot differentiate a float64 loss of float32 labels, a model's own loss included, and
+# transformers 4 configures Qwen2-VL's positions in another way.
+OF_NEWER := not test_tasks and not test_labels_are_read_as_the_model_reads_them \
+	and not test_a_batch_of_one_output_keeps_its_shape and not test_some_combinations and not m_rope
 test-oldest: $(OLDEST)/.installed ## the core on the oldest allowed versions
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n 2 \
-		-k "$(OF_NEWER_TORCH)" $(OLDEST_TESTS:%=tests/%)
+		-k "$(OF_NEWER)" $(OLDEST_TESTS:%=tests/%)
 
 # Of the tests that run for every method, one in twenty; PEFT_SHARE=1 runs all of them.
 PEFT_SHARE ?= 0.05

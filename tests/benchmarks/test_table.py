@@ -74,11 +74,14 @@ def test_published_results(path):
     assert json.loads(path.read_text(encoding="utf-8"))["environment"]["device"]
 
 
-def test_the_page_quotes_the_results():
+@pytest.mark.parametrize(
+    ("section", "results"), [("The most important figures", "cpu"), ("On an accelerator", "cuda")]
+)
+def test_the_page_quotes_the_results(section, results):
     """Guards against figures in the documentation that no file of results holds."""
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    section = page.partition("## The most important figures\n")[2].partition("\n## ")[0]
-    quoted = [line for line in section.splitlines() if line.startswith("| ")]
-    published = (ROOT / "benchmarks" / "results" / "cpu.md").read_text(encoding="utf-8")
+    text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    quoted = [line for line in text.splitlines() if line.startswith("| ")]
+    published = (ROOT / "benchmarks" / "results" / f"{results}.md").read_text(encoding="utf-8")
     assert len(quoted) > 5
     assert [line for line in quoted if line not in published.splitlines()] == []

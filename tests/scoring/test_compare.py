@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from fish_tuning import compare_scores
+
+spearmanr = pytest.importorskip("scipy.stats").spearmanr
 
 NAMES = [
     f"base_model.model.layer.{layer}.query.lora_{side}.default.weight"

@@ -5,7 +5,6 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +18,9 @@ from tests.models import (
     tiny_llama,
     with_lora,
 )
+
+datasets = pytest.importorskip("datasets")
+Dataset, DatasetDict = datasets.Dataset, datasets.DatasetDict
 
 IDS = torch.randint(2, 40, (4, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
