@@ -117,7 +117,7 @@ fuzz: $(STAMP) ## ten minutes of damaged and hostile files for every reader
 # Makes glibc keep freed memory: otherwise it is up to chance whether it returns some between steps.
 BENCH := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python -m benchmarks
 
-bench: $(STAMP) ## speed and memory on the processor, some 10 minutes on an idle machine
+bench: $(STAMP) ## speed and memory on the processor, half an hour on an idle machine
 	$(BENCH)
 
 bench-gpu: $(STAMP) ## the same on an accelerator

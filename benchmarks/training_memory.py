@@ -17,6 +17,7 @@ from benchmarks.table import Row, exact, megabytes
 from benchmarks.training import DEFAULT, PUBLISHED, ways
 from fish_tuning import get_mask
 from fish_tuning.mask.files import BITS_FILE
+from fish_tuning.sparse.registry import state_of
 
 
 def memory_of_training(setting: Setting) -> Iterator[Row]:
@@ -102,14 +103,18 @@ def optimizer_state(setting: Setting) -> Iterator[Row]:
     )
     mask = get_mask(contender.model)
     assert mask is not None
-    index = sum(b.nbytes for name, b in contender.model.named_buffers() if name.endswith(".index"))
+    state = state_of(contender.model)
+    assert state is not None
+    beside_values = sum(group.index.nbytes + group.agreed.nbytes for group in state.groups)
     yield Row(
         f"mask in memory while training, {shape.name}",
         "",
-        f"{megabytes(index)} for {mask.num_trainable:,} selected entries",
-        exact(index / mask.num_trainable),
+        f"{megabytes(beside_values)} for {mask.num_trainable:,} selected entries",
+        exact(beside_values / mask.num_trainable),
         at_most=4,
         unit=" bytes per entry",
+        rest="four bytes for the place of an entry, and four for its number when values and tensor "
+        "last agreed, by which writes to either are noticed",
     )
     with TemporaryDirectory() as folder:
         mask.save_pretrained(folder)

@@ -31,6 +31,12 @@ def test_cases_run_as_on_an_accelerator(case, monkeypatch):
     assert TINYLLAMA in Setting().shapes
 
 
+def test_what_a_mask_keeps_is_found():
+    """Guards a measure that looks in the wrong place, finds nothing and meets its goal."""
+    rows = list(CASES["optimizer_state"](Setting(tiny=True)))
+    assert [row.case for row in rows if row.ratio.median <= 0] == []
+
+
 def test_part_of_the_suite(tmp_path):
     """Guards the command: its files, and what a second run says of the first."""
     output = str(tmp_path / "part.json")

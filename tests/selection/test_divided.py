@@ -73,6 +73,8 @@ def select(rank, kinds, budgets):
     logging.disable(logging.WARNING)
     # So that a tensor takes several chunks.
     ranking.CPU_CHUNK = exact_sums._CHUNK = 16
+    # So that samples are taken.
+    ranking.FEWEST_SAMPLED, ranking.MARGIN, ranking.MOST_BETWEEN = 64, 0.5, 1
     found = {}
     for kind in kinds:
         scores = divided(scores_of(kind))

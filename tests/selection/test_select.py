@@ -92,13 +92,22 @@ def pools(draw):
     return pool
 
 
+SAMPLES = {"FEWEST_SAMPLED": 2, "SAMPLED": 2, "MOST_BETWEEN": 1}
+"""So that pools of a few scores are sampled."""
+
+
 @settings(max_examples=150, deadline=None)
-@given(pools(), st.sampled_from([3, ranking.CPU_CHUNK]))
-def test_every_k_matches_a_stable_sort(pool, chunk):
-    """Guards the exact count, the ranking and the tie rule, for every k, also across chunks."""
+@given(pools(), st.sampled_from([3, ranking.CPU_CHUNK]), st.sampled_from([None, 0.0, 0.5]))
+def test_every_k_matches_a_stable_sort(pool, chunk, margin):
+    """Guards the exact count, the ranking and the tie rule, for every k, also across chunks, and
+    where a sample tells where to look, or misleads."""
     n = sum(scores.numel() for scores in pool.values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "CPU_CHUNK", chunk)
+        if margin is not None:
+            for name, value in SAMPLES.items():
+                patch.setattr(ranking, name, value)
+            patch.setattr(ranking, "MARGIN", margin)
         patch.setattr(selection.logger, "disabled", True)
         for k in range(1, n + 1):
             mask = create_mask_from_fisher(pool, num_trainable=k)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ ACCELERATOR_CHUNK = 2**22
 # Bits determined per pass. 16 would halve the passes, but adapter tensors are often smaller than
 # a histogram of 2**16 counts.
 RADIX = 8
+
+# Of at least FEWEST_SAMPLED scores, one in SAMPLED is a sample. A rank in it is trusted to MARGIN
+# times the square root of its size, eight standard deviations or more. It is of no use where more
+# than MOST_BETWEEN of all scores would be kept.
+SAMPLED = 64
+FEWEST_SAMPLED = 2**22
+MARGIN = 4.0
+MOST_BETWEEN = 1 / 16
+
+KeysOf = Callable[[], Iterator[Tensor]]
+"""Yields the keys of a part's entries, chunk by chunk."""
 
 Tie = tuple[float, int, int]
 """The lowest score taken, how many entries have it, and how many of those were taken."""
@@ -78,15 +90,68 @@ def _no_entry(shape: torch.Size, part: Part) -> Tensor:
 def _kth_highest(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Key of the k-th highest score, how many entries have it, and how many of those are taken.
 
+    Of many scores, a sample tells between which keys it lies. One look at all of them counts those
+    above and keeps the few between, which are ranked. A sample that misleads costs time only.
+    """
+    bits = torch.finfo(dtype).bits
+    keys_of: list[KeysOf] = [partial(_ordered_keys, part.local, dtype) for part in parts]
+    if (bracket := _bracket(parts, k, dtype)) is not None:
+        low, high = bracket
+        counts = torch.zeros(len(parts), 2, dtype=torch.int64)
+        kept: list[list[Tensor]] = [[] for _ in parts]
+        for part, keys_here, count, between in zip(parts, keys_of, counts, kept, strict=True):
+            above = torch.zeros((), dtype=torch.int64, device=part.local.device)
+            for keys in keys_here():
+                above += (keys > high).sum()
+                between.append(keys[(keys >= low) & (keys <= high)])
+            count[0], count[1] = above, sum(map(len, between))
+        above_all, between_all = totals(parts, counts).sum(0).tolist()
+        if above_all < k <= above_all + between_all:
+            keys_of = [partial(iter, between) for between in kept]
+            return _by_radix(parts, keys_of, k - above_all, bits)
+    return _by_radix(parts, keys_of, k, bits)
+
+
+def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int] | None:
+    """Two keys between which that of the k-th highest score lies, almost certainly.
+
+    None if there are too few scores for a sample, or too many of them between the keys.
+    """
+    samples = [part.local.reshape(-1)[::SAMPLED] for part in parts]
+    sizes = torch.tensor(
+        [[p.local.numel(), s.numel()] for p, s in zip(parts, samples, strict=True)]
+    )
+    entries, size = totals(parts, sizes).sum(0).tolist()
+    if entries < FEWEST_SAMPLED:
+        return None
+    bits = torch.finfo(dtype).bits
+    keys_of: list[KeysOf] = [partial(_ordered_keys, sample, dtype) for sample in samples]
+    expected = k * size / entries
+    margin = MARGIN * math.sqrt(size)
+    first, last = max(math.floor(expected - margin), 0), math.ceil(expected + margin)
+    limits = torch.iinfo(_INTEGER[dtype])
+    high = _by_radix(parts, keys_of, first, bits)[0] if first else limits.max
+    low, tied, taken = limits.min, 0, 0
+    if last < size:
+        low, tied, taken = _by_radix(parts, keys_of, last, bits)
+    few = last - first + tied - taken <= MOST_BETWEEN * size
+    return (low, high) if few else None
+
+
+def _by_radix(
+    parts: Sequence[Part], keys_of: Sequence[KeysOf], k: int, bits: int
+) -> tuple[int, int, int]:
+    """The k-th highest of the parts' keys, how many are equal to it, how many of those are taken.
+
     Each pass looks at the keys that begin with the bits known so far, counts their next bits and
     so determines the next bits of the k-th highest key.
     """
     key, left = 0, k
-    highest = torch.finfo(dtype).bits - RADIX
+    highest = bits - RADIX
     for shift in range(highest, -1, -RADIX):
         histograms = torch.zeros(len(parts), 2**RADIX, dtype=torch.int64)
-        for part, histogram in zip(parts, histograms, strict=True):
-            for keys in _ordered_keys(part.local, dtype):
+        for keys_here, histogram in zip(keys_of, histograms, strict=True):
+            for keys in keys_here():
                 if shift == highest:
                     digits = (keys >> shift) + 2 ** (RADIX - 1)  # the digit that has the sign
                 else:
