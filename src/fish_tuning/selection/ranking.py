@@ -117,7 +117,7 @@ def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, in
 
     None if there are too few scores for a sample, or too many of them between the keys.
     """
-    samples = [part.local.reshape(-1)[::SAMPLED] for part in parts]
+    samples = [part.local.reshape(-1)[::SAMPLED].contiguous() for part in parts]
     sizes = torch.tensor(
         [[p.local.numel(), s.numel()] for p, s in zip(parts, samples, strict=True)]
     )
