@@ -23,8 +23,8 @@ class Kept:
         apply: Any = _Keep.apply  # untyped
         # `data` rather than `detach()`: a model may overwrite an input that autograd does not need
         # (a bias has a gradient without it). The comparison with autograd finds what is wrong then.
-        # The result is kept, not its function: in older versions of torch (2.11, for one) a function
-        # lets go of what it saved once its result is gone.
+        # The result is kept, not its function: in older versions of torch (2.11, for one) a
+        # function lets go of what it saved once its result is gone.
         self._result: Tensor | None = apply(leaf, tensor.data)
 
     def get(self, *, last: bool) -> Tensor:
