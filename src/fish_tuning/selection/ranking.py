@@ -1,4 +1,4 @@
-"""Radix selection: exactly the k highest of many scores, without sorting or copying them."""
+"""Radix selection: exactly the k highest of many scores, without sorting or copying all of them."""
 
 from __future__ import annotations
 
@@ -117,14 +117,13 @@ def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, in
 
     None if there are too few scores for a sample, or too many of them between the keys.
     """
-    samples = [part.local.reshape(-1)[::SAMPLED].contiguous() for part in parts]
-    sizes = torch.tensor(
-        [[p.local.numel(), s.numel()] for p, s in zip(parts, samples, strict=True)]
-    )
+    numbers = [part.local.numel() for part in parts]
+    sizes = torch.tensor([[n, math.ceil(n / SAMPLED)] for n in numbers])
     entries, size = totals(parts, sizes).sum(0).tolist()
     if entries < FEWEST_SAMPLED:
         return None
     bits = torch.finfo(dtype).bits
+    samples = [part.local.reshape(-1)[::SAMPLED].contiguous() for part in parts]
     keys_of: list[KeysOf] = [partial(_ordered_keys, sample, dtype) for sample in samples]
     expected = k * size / entries
     margin = MARGIN * math.sqrt(size)
