@@ -8,8 +8,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from torch.multiprocessing import ProcessExitedException
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -18,13 +21,14 @@ from fish_tuning import (
     FishMask,
     FishTuningTrainer,
     apply_mask,
+    calculate_fisher_information,
     create_mask_from_fisher,
     get_mask,
     mask_trainer,
     remove_mask,
     score_with_perturbed_b,
 )
-from tests.models import examples_for, pad, tiny_bert, tiny_llama, with_lora
+from tests.models import batches_of, examples_for, pad, tiny_bert, tiny_llama, with_lora
 from tests.parallel import (
     STEPS,
     assert_equal_scores,
@@ -331,18 +335,19 @@ def test_a_model_that_zero_3_has_divided_is_refused(tmp_path):
 
 
 def loaded_in_slices(folder, count, kind):
-    """A model as transformers loads it with a config of stage 3, with an adapter."""
+    """A model as transformers loads it with a config of stage 3."""
     on_the_processor()
     from transformers.integrations import HfDeepSpeedConfig
 
     config = settings(3, train_micro_batch_size_per_gpu=4 // count)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     kept = HfDeepSpeedConfig(config)
-    return with_lora(kind.from_pretrained(folder), lora_dropout=0.0), config, kept
+    return kind.from_pretrained(folder), config, kept
 
 
 def scored_in_slices(rank, folder, batches, count, kind, checkpointing):
-    model, config, _ = loaded_in_slices(folder, count, kind)
+    base, config, _ = loaded_in_slices(folder, count, kind)
+    model = with_lora(base, lora_dropout=0.0)
     base = [p for p in model.parameters() if not p.requires_grad]
     share = sum(p.ds_tensor.numel() for p in base) / sum(p.ds_numel for p in base)
     if checkpointing:
@@ -398,6 +403,110 @@ def test_a_model_that_was_divided_as_it_was_loaded(count, tiny, checkpointing, t
         optimizer.zero_grad()
     assert_same_weights([tensors for *_, tensors in by_rank], tensors_of(one, mask), before)
     assert FishMask.from_pretrained(tmp_path / "start-0") == mask
+
+
+ADAPTERS = {
+    "dora": lambda model: with_lora(model, use_dora=True, init_lora_weights=False),
+    "embeddings": lambda model: with_lora(
+        model, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
+    ),
+    "ia3": lambda model: get_peft_model(
+        model,
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+    "vera": lambda model: get_peft_model(model, VeraConfig(r=4, target_modules=["q_proj"])),
+    "prompt": lambda model: get_peft_model(
+        model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    ),
+}
+
+
+def scored_with(adapter, base, batches):
+    torch.manual_seed(0)
+    model = ADAPTERS[adapter](base)
+    scores = score_with_perturbed_b(model, batches, progress=False)
+    return dict(trainable(model)), dict(scores)
+
+
+def scored_with_all(rank, folder, batches):
+    found = {}
+    for adapter in ADAPTERS:
+        base, *_ = loaded_in_slices(folder, 2, LlamaForCausalLM)
+        found[adapter] = scored_with(adapter, base, batches)
+    return found
+
+
+def test_adapters_of_a_model_that_was_divided_as_it_was_loaded(tmp_path):
+    """Guards layers that use weights of modules inside them, and those that run again: DeepSpeed
+    and PEFT would gather weights within torch.func's transforms, which ended the process."""
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "m")
+    batches = batches_of(examples_for(base, 5, shortest=4), 3)
+    by_rank = in_processes(2, tmp_path / "a", scored_with_all, tmp_path / "m", batches)
+    for adapter in ADAPTERS:
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "m")
+        given, expected = scored_with(adapter, base, batches)
+        for found in by_rank:
+            assert_identical([given, found[adapter][0]])
+            assert_equal_scores(found[adapter][1], expected)
+
+
+class Attending(nn.Module):
+    """Uses the weights of modules that it does not call: of an output projection, or its own."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.attention = (
+            nn.MultiheadAttention(8, 2, batch_first=True) if within else nn.Linear(8, 8)
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.lin(x)
+        if isinstance(self.attention, nn.Linear):
+            x = F.linear(x, self.attention.weight)
+        else:
+            x, _ = self.attention(x, x, x)
+        return self.head(x).mean(1)
+
+
+def scores_of_attending(model):
+    config = LoraConfig(r=2, target_modules=["lin", "head"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(model, config)
+    loader = [(torch.randn(4, 5, 8), torch.arange(4) % 3) for _ in range(2)]
+
+    def loss(outputs, batch):
+        return F.cross_entropy(outputs, batch[1], reduction="none")
+
+    return dict(calculate_fisher_information(model, loader, loss_fn=loss, progress=False))
+
+
+def scored_attending(rank, within):
+    on_the_processor()
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    with deepspeed.zero.Init(config_dict_or_path=settings(3)):
+        model = Attending(within)
+    whole = Attending(within)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        whole.load_state_dict(model.state_dict())
+    try:
+        return scores_of_attending(model), scores_of_attending(whole)
+    except RuntimeError as error:
+        return error.__notes__
+
+
+def test_weights_that_are_used_without_a_call(tmp_path):
+    """Guards `nn.MultiheadAttention`; other models are told what to do."""
+    for scores, expected in in_processes(2, tmp_path / "a", scored_attending, True):
+        assert_equal_scores(scores, expected)
+    for (note,) in in_processes(2, tmp_path / "b", scored_attending, False):
+        assert note.endswith(
+            "load the model before there is a config of stage 3, or divide it with fully_shard"
+        )
 
 
 def in_file(name):

@@ -11,12 +11,15 @@ torch.func.vmap, or one by one if f has an operation that vmap does not support.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from fish_tuning.engines import is_in_zero_3
 from fish_tuning.parts import is_divided
 from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.memory import is_out_of_memory
@@ -43,12 +46,16 @@ class Recomputed:
             for local_name, parameter in module.named_parameters()
             if id(parameter) in names
         }
+        self._divided: dict[str, Any] = {
+            name: p for name, p in module.named_parameters() if is_in_zero_3(p)
+        }
+        self._whole: dict[str, Tensor] = {}
         self._with_vmap = True
 
     @property
     def entries(self) -> int:
         """The entries of the module's parameters, of which vmap may hold a copy per example."""
-        return sum(parameter.numel() for parameter in self._module.parameters())
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._module.parameters())
 
     def gradients(self, x: Tensor, g: Tensor, autocast: torch.dtype | None) -> dict[str, Tensor]:
         """The gradients by the parameters' names in the model, (b, *shape of the parameter).
@@ -58,8 +65,11 @@ class Recomputed:
             g: The gradients of its outputs, (b, ...).
             autocast: The dtype that autocast was set to in the forward pass, if it was on.
         """
-        with torch.autocast(
-            x.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+        with (
+            self._gathered(),
+            torch.autocast(
+                x.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+            ),
         ):
             if self._with_vmap:
                 try:
@@ -73,6 +83,24 @@ class Recomputed:
                     self._with_vmap = False
             single = [self._of_one(*row) for row in zip(x, g, strict=True)]
         return {name: torch.stack([found[name] for found in single]) for name in self.local_names}
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Inside the block, there are whole weights where DeepSpeed ZeRO-3 has divided them.
+
+        The module runs with plain tensors in their place: neither DeepSpeed nor PEFT, which
+        gathers the weights of DoRA itself, could exchange anything under torch.func's transforms.
+        """
+        away = [p for p in self._divided.values() if not p.numel()]
+        if away:
+            away[0].all_gather(away)
+        self._whole = {name: p.data for name, p in self._divided.items()}
+        try:
+            yield
+        finally:
+            self._whole = {}
+            if away:
+                away[0].partition(away)
 
     def _values(self) -> dict[str, Tensor]:
         """The parameters by their names in the model, apart from the graph of the batch."""
@@ -88,7 +116,7 @@ class Recomputed:
         return values
 
     def _forward(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        local = {self.local_names[name]: value for name, value in values.items()}
+        local = {self.local_names[name]: value for name, value in values.items()} | self._whole
         y: Tensor = functional_call(self._module, local, (x.unsqueeze(0),))
         return y
 

@@ -21,17 +21,12 @@ from fish_tuning.scoring.inputs.batches import (
 from fish_tuning.scoring.inputs.forward import Forward
 from fish_tuning.scoring.inputs.labels import (
     has_classes,
-    has_many_labels,
-    is_usual,
-    kind_of,
     labels_of,
     most_labeled,
     predicted_from_text,
 )
 from fish_tuning.scoring.inputs.outputs import logits_of, loss_is_second, loss_of
 from fish_tuning.scoring.losses.checks import (
-    check_adds_up,
-    check_alone,
     check_finite,
     check_independent,
     check_own_loss,
@@ -40,13 +35,13 @@ from fish_tuning.scoring.losses.checks import (
 )
 from fish_tuning.scoring.losses.likelihood import (
     Likelihood,
-    SingleLabel,
     Tokens,
-    generator_of,
+    expected_losses,
 )
 from fish_tuning.scoring.losses.one_example import check_labels, outputs_of_one
 from fish_tuning.scoring.losses.own_loss import OwnLoss
-from fish_tuning.scoring.losses.recognition import explains, fitting, rounding
+from fish_tuning.scoring.losses.recognition import fitting
+from fish_tuning.scoring.losses.whole_batches import OwnLossError, WholeBatches
 
 LossFunction = Callable[[Any, Batch], Tensor]
 """(outputs of the model, batch) -> one loss per example, shape (b,)."""
@@ -63,10 +58,6 @@ class ExampleLoss:
     """
 
     function: Callable[[Any], Tensor]
-
-
-class OwnLossError(Exception):
-    """A batch shows that the model's own loss is not the likelihood that one example suggested."""
 
 
 class Objective:
@@ -118,10 +109,9 @@ class Objective:
         self._estimator, self._label_samples, self._seed = estimator, label_samples, seed
         self._reduction, self._loss_fn = token_reduction, loss_fn
         self._likelihood: Likelihood | None = None
-        self._alone: tuple[int, float] | None = None
         self.padding = Padding(forward)
-        self._checked: set[frozenset[str]] = set()
-        self._scored_unchecked, self._undecided = False, False
+        self._whole_batches = WholeBatches(forward, estimator, token_reduction)
+        self._is_independent = False
 
     @property
     def one_at_a_time(self) -> bool:
@@ -137,6 +127,11 @@ class Objective:
     def divisible(self) -> bool:
         """Whether a batch may be scored in parts; a `loss_fn` always gets whole batches."""
         return self._loss_fn is None
+
+    def most_at_once(self, batch: Batch) -> int:
+        """How many examples of a batch to score together, see `WholeBatches.most_at_once`."""
+        known = self._likelihood is not None
+        return self._whole_batches.most_at_once(batch) if known else batch_size(batch)
 
     def read(self, value: Any) -> Batch:
         """What a loader yields as a batch, with its tensors on the model's device.
@@ -192,7 +187,7 @@ class Objective:
         after_logits = loss_is_second(outputs)
         if isinstance(labels, Tensor) and isinstance(logits, Tensor):
             self.forward.leave_labels_out_only_if_equal(one, logits)
-            self._alone = None if own is None else (numbers[position], float(own.detach()))
+            self._whole_batches.note_alone(numbers[position], own, logits, labels)
             kinds = fitting(logits, labels, own, labels_of(batch))
             check_shift(kinds, own, batch)
             if own is not None:
@@ -200,7 +195,6 @@ class Objective:
                 del outputs, logits
                 kinds = comparison.agreeing()
             if kinds and isinstance(kinds[0], Tokens):
-                self._undecided = int((labels != IGNORED).sum()) <= 2
                 kinds = [replace(kinds[0], reduction=self._reduction)]
             self._likelihood = kinds[0] if kinds else None
         if self._likelihood is None:
@@ -215,10 +209,12 @@ class Objective:
             OwnLossError: The batch has another loss.
             ValueError: The loss of an example changes with the batch that it is in.
         """
-        if self._likelihood is not None and len(numbers) > 1 and self._is_worth_checking(batch):
+        if self._likelihood is None or len(numbers) == 1:
+            return
+        if self._whole_batches.wants_own_loss(batch):
             with torch.no_grad():
                 outputs = self.forward(batch, with_labels=True)
-            self._check_likelihood(self._likelihood, batch, numbers, outputs)
+            self._compare(self._likelihood, batch, numbers, outputs, with_own=True)
 
     def check_together(self, batch: Batch, losses: Sequence[Tensor]) -> None:
         """Compares losses of single examples with the loss that their batch has as a whole.
@@ -230,14 +226,8 @@ class Objective:
         Raises:
             ValueError: They do not add up: no example has a loss of its own.
         """
-        if self.by_example or len(losses) < 2 or not self._is_worth_checking(batch):
-            return
-        own = self._own_loss(batch)
-        if own is None or bool(own.isnan().any()):
-            return  # Nothing to compare with: no example has a label.
-        alone = torch.stack([loss.detach().reshape(()) for loss in losses])
-        check_adds_up(alone, labels_of(batch), own.mean(), rounding(self.forward.base))
-        self._checked.add(kind_of(batch))
+        if not self.by_example:
+            self._whole_batches.compare_sum(batch, losses)
 
     def __call__(self, batch: Batch, numbers: Sequence[int]) -> list[Tensor]:
         """The losses of a batch, each of shape (b,).
@@ -275,23 +265,45 @@ class Objective:
             if own is None:
                 raise ValueError("the model returns a loss for some examples only")
             return [scalar(own).reshape(1)]
-        checking = self._is_worth_checking(batch)
+        comparing = self._whole_batches.wants_own_loss(batch)
         try:
-            outputs = self.forward(batch, with_labels=checking)
+            outputs = self.forward(batch, with_labels=comparing)
         except IndexError:
             check_labels(self.forward, batch)
             raise
         logits, labels = logits_of(outputs), labels_of(batch)
-        if checking:
-            self._check_likelihood(self._likelihood, batch, numbers, outputs)
-        self._scored_unchecked |= not checking
+        self._compare(self._likelihood, batch, numbers, outputs, with_own=comparing)
         del outputs  # With the graph of the model's own loss.
         shifted = getattr(self._likelihood, "shifted", False)
         if shifted and self.forward.ignores_left_padding(batch):
             labels = predicted_from_text(labels, batch)
         if self._estimator == "empirical":
             return [self._likelihood.losses(logits, labels)]
-        return self._expected(self._likelihood, logits, labels, numbers)
+        return expected_losses(
+            self._likelihood,
+            logits,
+            labels,
+            numbers,
+            power=self.power,
+            draws=self._label_samples,
+            seed=self._seed,
+        )
+
+    def _compare(
+        self,
+        likelihood: Likelihood,
+        batch: Batch,
+        numbers: Sequence[int],
+        outputs: Any,
+        *,
+        with_own: bool,
+    ) -> None:
+        try:
+            self._whole_batches.compare(likelihood, batch, numbers, outputs, with_own=with_own)
+        except OwnLossError:
+            self._likelihood = None
+            self.forward.predicts_first_token = True
+            raise
 
     @torch.no_grad()
     def _own_loss(self, batch: Batch) -> Tensor | None:
@@ -307,91 +319,10 @@ class Objective:
                 f"loss_fn returned {_shape(loss)} for {size} examples: one loss per example, "
                 f"shape ({size},), is needed (reduction='none')"
             )
-        if size > 1 and not self._checked:
+        if size > 1 and not self._is_independent:
             check_independent(loss, logits_of(outputs))
-            self._checked.add(kind_of(batch))
+            self._is_independent = True
         return loss
-
-    def _is_worth_checking(self, batch: Batch) -> bool:
-        """Whether to compare with the model's own loss.
-
-        Always, because a later batch may be the first with a rare class, token or outlier that has
-        a weight. Only where transformers computes the loss of labels of tokens, another
-        cross-entropy over the vocabulary, the first batch with the same entries is enough.
-        """
-        if self.forward.has_own_loss or not (has_many_labels(batch) and is_usual(batch)):
-            return True
-        return batch_size(batch) > 1 and kind_of(batch) not in self._checked
-
-    def _check_likelihood(
-        self, likelihood: Likelihood, batch: Batch, numbers: Sequence[int], outputs: Any
-    ) -> None:
-        """Compares the recognized loss with the model's own of a batch, and of one example alone.
-
-        Raises:
-            OwnLossError: The batch has another loss.
-            ValueError: The loss of an example changes with the batch that it is in.
-        """
-        own, logits, labels = loss_of(outputs), logits_of(outputs), labels_of(batch)
-        if own is None or bool(torch.isnan(own).any()):
-            pass  # Nothing to compare with: no example has a label.
-        elif not (
-            explains(likelihood, logits, labels, own.mean())
-            and self._explains_alone(likelihood, batch, logits, labels)
-        ):
-            self._likelihood = None
-            self.forward.predicts_first_token = True
-            check_own_loss(own, self._estimator, self._reduction, _shape(logits), _shape(labels))
-            if self._scored_unchecked:
-                raise ValueError(
-                    f"the model's own loss of examples {numbers[0]} to {numbers[-1]} is not the "
-                    "likelihood by which earlier ones were scored: put a batch with these entries "
-                    f"({described(batch)}) first, or pass a loss_fn(outputs, batch)"
-                )
-            raise OwnLossError("the model's own loss is not one of the known per-example losses")
-        if self._alone is not None and self._alone[0] in numbers and len(numbers) > 1:
-            number, alone = self._alone
-            if isinstance(likelihood, Tokens):
-                likelihood = replace(likelihood, reduction="mean")
-            with torch.no_grad():
-                within = likelihood.losses(logits, labels)[list(numbers).index(number)]
-            check_alone(number, alone, float(within), rounding(self.forward.base))
-        if len(numbers) > 1:
-            self._checked.add(kind_of(batch))
-
-    def _explains_alone(
-        self, likelihood: Likelihood, batch: Batch, logits: Tensor, labels: Tensor
-    ) -> bool:
-        """Whether an example of several labels alone has the mean over them, and not the sum."""
-        counts = likelihood.counts(logits, labels)
-        if not self._undecided or len(counts) == 1 or float(counts.max()) < 2:
-            return True
-        self._undecided = False
-        row = int(counts.argmax())
-        one = take(batch, slice(row, row + 1))
-        with torch.no_grad():
-            outputs = self.forward(one, with_labels=True)
-        own = loss_of(outputs)
-        return own is None or explains(likelihood, logits_of(outputs), labels_of(one), own.mean())
-
-    def _expected(
-        self, likelihood: Likelihood, logits: Tensor, labels: Tensor, numbers: Sequence[int]
-    ) -> list[Tensor]:
-        """Losses whose sum of |gradient|^power is its expectation over labels, or estimates it."""
-        if self._label_samples is None:
-            exact = likelihood.expectation(logits, self.power)
-            if exact is not None and isinstance(likelihood, SingleLabel):
-                labeled = likelihood.counts(logits, labels)
-                return [labeled * loss for loss in exact]
-            if exact is not None:
-                return exact
-        draws = self._label_samples or 1
-        losses = []
-        for draw in range(draws):
-            generators = [generator_of(self._seed, number, draw) for number in numbers]
-            drawn = likelihood.draw(logits, labels, generators)
-            losses.append(draws ** (-1 / self.power) * likelihood.losses(logits, drawn))
-        return losses
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

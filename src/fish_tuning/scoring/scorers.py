@@ -14,7 +14,8 @@ from fish_tuning.per_example.memory import is_out_of_memory
 from fish_tuning.per_example.sums import GradientSums, Progress
 from fish_tuning.scoring.inputs.batches import Batch, batch_size, take
 from fish_tuning.scoring.losses.one_example import check_division
-from fish_tuning.scoring.objective import Objective, OwnLossError
+from fish_tuning.scoring.losses.whole_batches import OwnLossError
+from fish_tuning.scoring.objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class BatchScorer:
         agreed: Callable[[str | None], str | None],
     ) -> None:
         self._scorer = _scorer_for(objective, sums, batch, numbers)
-        self._divisible = objective.divisible
+        self._objective = objective
         self._agreed = agreed
         self._most: float = float("inf")
 
@@ -58,11 +59,15 @@ class BatchScorer:
             torch.OutOfMemoryError: A single example does not fit in memory.
         """
         progress = Progress() if progress is None else progress
-        if len(numbers) <= self._most and self._fits(batch, numbers, progress):
-            return
-        middle = (len(numbers) + 1) // 2
-        for half in (slice(0, middle), slice(middle, len(numbers))):
-            self.add(take(batch, half), numbers[half], progress.within(half))
+        size = len(numbers)
+        one_pass = isinstance(self._scorer, OnePass)
+        first = self._objective.most_at_once(batch) if one_pass else size
+        if first == size:
+            if size <= self._most and self._fits(batch, numbers, progress):
+                return
+            first = (size + 1) // 2
+        for part in (slice(0, first), slice(first, size)):
+            self.add(take(batch, part), numbers[part], progress.within(part))
 
     def _fits(self, batch: Batch, numbers: Sequence[int], progress: Progress) -> bool:
         """Adds a batch and returns True, or returns False if memory runs out."""
@@ -77,7 +82,7 @@ class BatchScorer:
             cause = error.with_traceback(None)
         if (reason := self._agreed(reason)) is None:
             return True
-        if len(numbers) == 1 or not self._divisible:
+        if len(numbers) == 1 or not self._objective.divisible:
             raise torch.OutOfMemoryError(_no_way_to_divide(numbers, reason)) from cause
         self._most = (len(numbers) + 1) // 2
         logger.warning(

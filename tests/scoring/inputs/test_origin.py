@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fish_tuning import calculate_fisher_information
 from fish_tuning.scoring.inputs.forward import Forward
 from fish_tuning.scoring.inputs.origin import is_of_transformers
-from fish_tuning.scoring.losses import recognition
+from fish_tuning.scoring.losses import whole_batches
 from tests.models import (
     base_of,
     batches_of,
@@ -100,8 +100,8 @@ def test_what_the_caller_may_have_changed(kind):
 @pytest.mark.parametrize("own", [True, False])
 def test_how_often_the_loss_is_compared(own, monkeypatch):
     """Guards the time of language models: one comparison where transformers computes the loss."""
-    comparing = Mock(wraps=recognition.explains)
-    monkeypatch.setattr("fish_tuning.scoring.objective.explains", comparing)
+    comparing = Mock(wraps=whole_batches.explains)
+    monkeypatch.setattr(whole_batches, "explains", comparing)
     model = with_lora(tiny_llama(), init_lora_weights=False)
     if not own:
         with_hook(base_of(model))

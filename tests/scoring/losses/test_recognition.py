@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fish_tuning import calculate_fisher_information
+from fish_tuning.scoring.losses import whole_batches
 from tests.models import (
     assert_scores_close,
     batches_of,
@@ -254,7 +255,7 @@ def test_a_loss_that_differs_after_unchecked_batches_is_refused(monkeypatch):
     first, second = batches_of(examples_for(model, 6), 3)
     loader = [first, first, {key: second[key] for key in ("input_ids", "labels")}]
     answers = iter([True, False])
-    monkeypatch.setattr("fish_tuning.scoring.objective.explains", lambda *_: next(answers))
+    monkeypatch.setattr(whole_batches, "explains", lambda *_: next(answers))
     with pytest.raises(ValueError, match=r"examples 6 to 8 is not the likelihood .* first, or"):
         scored(model, loader)
 

@@ -209,6 +209,44 @@ LIKELIHOODS: tuple[Likelihood, ...] = (
 """All likelihoods; of those that fit the same shapes, the likelier one comes first."""
 
 
+def expected_losses(
+    likelihood: Likelihood,
+    logits: Tensor,
+    labels: Tensor,
+    numbers: Sequence[int],
+    *,
+    power: int,
+    draws: int | None,
+    seed: int,
+) -> list[Tensor]:
+    """Losses whose sum of |gradient|^power is its expectation over labels, or estimates it.
+
+    Args:
+        likelihood: The likelihood.
+        logits: The logits.
+        labels: The labels, which say where there is one.
+        numbers: The numbers of the examples in the calibration set.
+        power: The power.
+        draws: How many labels to draw per example; None for the exact expectation where it is
+            known, and one label where it is not.
+        seed: Seed of the labels.
+    """
+    if draws is None:
+        exact = likelihood.expectation(logits, power)
+        if exact is not None and isinstance(likelihood, SingleLabel):
+            labeled = likelihood.counts(logits, labels)
+            return [labeled * loss for loss in exact]
+        if exact is not None:
+            return exact
+    losses = []
+    draws = draws or 1
+    for draw in range(draws):
+        generators = [generator_of(seed, number, draw) for number in numbers]
+        drawn = likelihood.draw(logits, labels, generators)
+        losses.append(draws ** (-1 / power) * likelihood.losses(logits, drawn))
+    return losses
+
+
 def check_classes(logits: Tensor, labels: Tensor) -> None:
     """Checks that integer labels are classes of the logits, or -100.
 
