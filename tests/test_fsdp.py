@@ -20,10 +20,19 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from transformers import TrainerCallback
 
-from fish_tuning import FishMask, FishTuningCallback, apply_mask
+from fish_tuning import (
+    FishConfig,
+    FishMask,
+    FishTuningCallback,
+    FishTuningTrainer,
+    apply_mask,
+    get_mask,
+)
 from fish_tuning import fsdp_plugin as settings_of_fsdp
-from tests.fsdp import FLOWS, trained
+from tests.fsdp import FLOWS, let_accelerate_divide_on_cpus, of_transformers, trained
+from tests.models import examples_for, tiny_llama
 from tests.parallel import (
     error_of,
     labelled_alike,
@@ -99,6 +108,54 @@ def test_checkpoints_resume(kind, tmp_path):
     )
     for kind_of_error, message in refused:
         assert kind_of_error == "ValueError" and "was trained with another mask" in message
+
+
+class Snapshots(TrainerCallback):
+    """The trained tensors at each evaluation."""
+
+    def __init__(self):
+        self.at = {}
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        mask = get_mask(model)
+        self.at[f"checkpoint-{state.global_step}"] = tensors_of(model, mask)
+
+
+def with_the_best_of_shards(rank, folder):
+    let_accelerate_divide_on_cpus()
+    torch.manual_seed(0)
+    settings = {
+        "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    snapshots = Snapshots()
+    trainer = of_transformers(
+        FishTuningTrainer,
+        folder,
+        2,
+        settings,
+        fish_config=FishConfig(keep_ratio=0.3),
+        eval_dataset=examples_for(tiny_llama(), 8, 1),
+        callbacks=[snapshots],
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint).name
+    return best, snapshots.at[best], tensors_of(trainer.model, get_mask(trainer.model))
+
+
+@pytest.mark.slow
+def test_the_best_of_sharded_checkpoints_is_loaded(tmp_path):
+    """Guards against processes that take different checkpoints for the best, and load a mixture."""
+    results = in_processes(2, tmp_path / "p", with_the_best_of_shards, tmp_path / "f")
+    for best, then, now in results:
+        assert best == results[0][0]
+        assert_close(now, then)
 
 
 def trained_with_other_mask(rank, folder, settings, checkpoint):

@@ -42,6 +42,14 @@ def place_of(name: str) -> Place:
     return Place(int(path[number]), ".".join(path[number + 1 :]), side_of(name))
 
 
+def without_wrappers(name: str) -> str:
+    """The name that a parameter had before torch's checkpoint wrappers were put around layers.
+
+    State dicts have these names all along.
+    """
+    return ".".join(part for part in name.split(".") if part != "_checkpoint_wrapped_module")
+
+
 def layer_path(name: str) -> str:
     """The path from the model's root to the numbered layer: "bert.encoder.layer.0".
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fish_tuning.names import without_wrappers
+
 
 class ShardedModel:
     """The modules of a model that `fully_shard` has divided; in most models there are none.
@@ -48,7 +50,7 @@ class ShardedModel:
 
         Between the two steps, torch's checkpoint wrappers may have been put around layers.
         """
-        return name.replace("_checkpoint_wrapped_module.", "") if self._states else name
+        return without_wrappers(name) if self._states else name
 
     def leaves(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that autograd gives the gradients of these parameters for.

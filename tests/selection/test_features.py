@@ -1,5 +1,6 @@
 """Selecting from LoRA's pairs by rank and by feature, against sorting units of entries."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,3 +72,15 @@ def test_features_without_scores_are_reported(caplog):
     }
     create_mask_from_fisher(scores, num_trainable=6, scope="features")
     assert "6 entries tie at score 0" in caplog.text
+
+
+@pytest.mark.parametrize("scope", ["features", "adaptive"])
+def test_a_matrix_without_entries(scope):
+    """Guards ranks that hold nothing, as a pruned adapter may have."""
+    scores = {
+        "m.lora_A.default.weight": torch.zeros(0, 6),
+        "m.lora_B.default.weight": torch.zeros(6, 0),
+        "n.lora_A.default.weight": torch.rand(2, 6),
+        "n.lora_B.default.weight": torch.rand(6, 2),
+    }
+    assert create_mask_from_fisher(scores, num_trainable=6, scope=scope).num_trainable == 6

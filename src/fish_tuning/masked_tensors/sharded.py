@@ -20,20 +20,26 @@ _DIVIDED = "_fish_divided"
 """Attribute of a complete parameter that holds fully_shard's record of it."""
 
 
-def note_shards(modules: Iterable[nn.Module]) -> None:
+def note_shards(modules: Iterable[nn.Module]) -> set[torch.dtype]:
     """Note where the parts of parameters are that `fully_shard` has completed for a while.
 
     It completes those of the model itself before any hook of ours can run. What is written into
     them would be gone with them.
+
+    Returns:
+        The types that mixed-precision policies cast parameters to.
     """
+    dtypes = set()
     for module in modules:
         if (get_state := getattr(module, "_get_fsdp_state", None)) is None:
             continue
         state = get_state()
+        dtypes.add(state._mp_policy.param_dtype)
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         for record in (record for group in groups if group for record in group.fsdp_params):
             if (complete := getattr(record, "_unsharded_param", None)) is not None:
                 setattr(complete, _DIVIDED, record)
+    return dtypes - {None}
 
 
 def is_sharded(values: Tensor) -> bool:
@@ -49,6 +55,26 @@ def trained(values: Any) -> Any:
     """
     record = getattr(values, _DIVIDED, None)
     return values if record is None else record.sharded_param
+
+
+def check_whole(values: Iterable[Any], refused: str) -> None:
+    """Check that no engine has divided values among processes.
+
+    Args:
+        values: The values.
+        refused: What cannot be done with a model that is divided, for the message.
+
+    Raises:
+        RuntimeError: One has.
+    """
+    for value in values:
+        in_zero_3 = is_in_zero_3(value)
+        if in_zero_3 or is_sharded(trained(value)):
+            engine = "DeepSpeed ZeRO-3" if in_zero_3 else "fully_shard"
+            raise RuntimeError(
+                f"{refused} a model that {engine} has divided among the processes: save the "
+                "model, and load it again in a program without it"
+            )
 
 
 def gathered(values: list[Any], sizes: list[int], agreed: Tensor) -> Tensor:

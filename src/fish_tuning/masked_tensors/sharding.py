@@ -12,13 +12,49 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fish_tuning.masked_tensors.parameters import UNSELECTED
+from fish_tuning.masked_tensors.tensors import MaskedTensor
 
 _loading: list[bool] = []
 """Not empty while a distributed checkpoint is loaded."""
+
+
+def check_not_cast(
+    root: nn.Module, tensors: Iterable[MaskedTensor], dtypes: set[torch.dtype]
+) -> None:
+    """Check that no mixed-precision policy of `fully_shard` leaves masked tensors behind.
+
+    It casts what it divides: values, but not their tensors. Adapter layers cast their inputs to the
+    type of their tensors; other modules would mix two types.
+
+    Args:
+        root: The model.
+        tensors: Its masked tensors.
+        dtypes: The types that policies cast parameters to.
+
+    Raises:
+        RuntimeError: One does.
+    """
+    if not dtypes:
+        return
+    layers = (layer for layer in root.modules() if isinstance(layer, BaseTunerLayer))
+    in_adapters = {module for layer in layers for module in layer.modules()}
+    for tensor in tensors:
+        if not (tensor.is_split or tensor.is_frozen):
+            continue  # It is a parameter, which is cast.
+        held = tensor.views[0].leaf.dtype
+        if dtypes != {held} and any(place.module not in in_adapters for place in tensor.places):
+            raise RuntimeError(
+                f"fully_shard's mixed precision (param_dtype) casts the model to "
+                f"{', '.join(map(str, dtypes))}, but not {tensor.name}, which is masked and "
+                f"{held}: leave param_dtype out and compute under autocast, or load the model in "
+                "that type"
+            )
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import nn
 
 from fish_tuning.masked_tensors.reconcile import unfit
 from fish_tuning.masked_tensors.tensors import MaskedTensor, Place
+from fish_tuning.names import without_wrappers
 
 Edge = tuple[nn.Module | None, str, nn.Module]
 """A module, the name of a submodule, and the submodule. None stands for the model itself, which
@@ -56,7 +57,10 @@ def locate(root: nn.Module, tensors: Iterable[MaskedTensor]) -> list[Edge]:
             if place.module in set_aside:
                 continue
             raise unfit(f"{place.name} is no longer in it")
-        names = [f"{path}.{place.attribute}" if path else place.attribute for path in found]
+        names = [
+            without_wrappers(f"{path}.{place.attribute}" if path else place.attribute)
+            for path in found
+        ]
         place.name = place.name if place.name in names else names[0]
         module = root
         for name in filter(None, found[0].split(".")):

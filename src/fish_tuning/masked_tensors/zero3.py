@@ -26,19 +26,6 @@ def is_away(value: Any) -> bool:
     return value.numel() == 0 and is_in_zero_3(value)
 
 
-def check_whole(values: Iterable[Any]) -> None:
-    """Check that ZeRO-3 does not hold values that are to be a part of their tensors again.
-
-    Raises:
-        RuntimeError: It does.
-    """
-    if any(map(is_in_zero_3, values)):
-        raise RuntimeError(
-            "a mask cannot be taken off a model that DeepSpeed ZeRO-3 has divided: save the "
-            "model, and load it again in a program without the engine"
-        )
-
-
 def gather(groups: Iterable[Group]) -> None:
     """Bring values that are away together, until DeepSpeed's next step. All processes call."""
     away: list[Any] = [v for group in groups for v in group.values() if is_away(v)]

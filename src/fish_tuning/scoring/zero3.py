@@ -8,12 +8,12 @@ forward or backward.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -23,71 +23,126 @@ from fish_tuning.engines import is_in_zero_3
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
     """Inside the block, all processes can pass through the model together."""
-    layers = [layer for module in dict.fromkeys(_users(model)) if (layer := _Layer(module)).divided]
+    if not any(map(is_in_zero_3, model.parameters())):
+        yield
+        return
+    passes = _Passes()
     with ExitStack() as stack:
-        for layer in layers:
+        for module in model.modules():
+            stack.enter_context(passes.reading(module))
+            layer = _Layer(module, passes)
             stack.callback(layer.divide)
             for hook in layer.hooks():
                 stack.callback(hook.remove)
+        yield
+
+
+class _Passes:
+    """The modules that run, and how many of them need a parameter to be whole."""
+
+    def __init__(self) -> None:
+        self.running: list[_Layer] = []
+        self.needed: Counter[Any] = Counter()
+
+    @contextmanager
+    def reading(self, module: nn.Module) -> Iterator[None]:
+        """Inside the block, a parameter is whole for those that read it, whosever it is.
+
+        DoRA computes with the weight of the layer inside it, and `nn.MultiheadAttention` with that
+        of its output projection, without calling them.
+        """
+        held = module._parameters
+        vars(module)["_parameters"] = _Parameters(held, self._on_read)
         try:
             yield
-        except RuntimeError as error:
-            if layers:
-                error.add_note(
-                    "DeepSpeed ZeRO-3 has divided the model's weights, and scoring brings those "
-                    "of a module together while it runs. If the model uses the weights of a "
-                    "module without calling it, load the model before there is a config of stage "
-                    "3, or divide it with fully_shard"
-                )
-            raise
+        finally:
+            held.update(module._parameters)
+            vars(module)["_parameters"] = held
+
+    def _on_read(self, owner: dict[str, Any], name: str, parameter: Any) -> None:
+        if self.running:
+            self.running[-1].need(owner, name, parameter)
+
+
+class _Parameters(dict[str, Any]):
+    """Parameters of a module that tell when one is read that is away."""
+
+    def __init__(
+        self, held: dict[str, Any], on_read: Callable[[dict[str, Any], str, Any], None]
+    ) -> None:
+        super().__init__(held)
+        self._on_read = on_read
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        if parameter is not None and is_in_zero_3(parameter) and not parameter.numel():
+            self._on_read(self, name, parameter)
+        return parameter
 
 
 class _Layer:
-    """A module and the parameters that ZeRO-3 has divided of it: those that it uses itself.
+    """A module, and the parameters that it needs: its own, and others that it has read."""
 
-    Adapter layers compute with the weights of the layer inside them, as DoRA's does, and
-    `nn.MultiheadAttention` with those of its output projection, without calling it.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        owners = module.modules() if _uses_all(module) else [module]
-        self._held: list[tuple[dict[str, Any], str, Any]] = [
-            (owner._parameters, attribute, parameter)
-            for owner in owners
-            for attribute, parameter in owner._parameters.items()
-            if parameter is not None and is_in_zero_3(parameter)
-        ]
-        self.divided = list(dict.fromkeys(parameter for *_, parameter in self._held))
+    def __init__(self, module: nn.Module, passes: _Passes) -> None:
+        self._module, self._passes = module, passes
+        held = module._parameters
+        self._needs: dict[Any, tuple[dict[str, Any], str]] = {
+            p: (held, name) for name, p in held.items() if p is not None and is_in_zero_3(p)
+        }
+        self._has = False
+        """Whether they are whole for its sake."""
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Install the hooks of forward and backward passes."""
         yield self._module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         yield self._module.register_forward_hook(self._after, always_call=True)
 
+    def need(self, owner: dict[str, Any], name: str, parameter: Any) -> None:
+        """Have a parameter whole in this pass and in those that follow."""
+        if parameter not in self._needs:
+            self._needs[parameter] = owner, name
+            self._passes.needed[parameter] += 1
+        self._has = True
+        parameter.all_gather([parameter])
+
     def gather(self) -> None:
         """Bring the parameters together."""
-        self.divided[0].all_gather(self.divided)
+        if self._has or not self._needs:
+            return
+        self._has = True
+        self._passes.needed.update(list(self._needs))
+        first, *_ = needs = list(self._needs)
+        first.all_gather(needs)
 
     def divide(self) -> None:
-        """Leave this process its slices."""
-        self.divided[0].partition(self.divided)
+        """Leave this process its slices of those that no other module needs at the moment."""
+        if not self._has:
+            return
+        self._has = False
+        self._passes.needed.subtract(list(self._needs))
+        if idle := [p for p in self._needs if not self._passes.needed[p]]:
+            idle[0].partition(idle)
 
-    def _is_replaced(self) -> bool:
-        """Whether a layer runs again by itself, with whole tensors in place of its parameters."""
-        return any(
-            held.get(attribute) is not parameter for held, attribute, parameter in self._held
-        )
+    def _runs_with_others(self) -> bool:
+        """Whether the module runs again by itself, with whole tensors in place of parameters."""
+        return any(owner.get(name) is not p for p, (owner, name) in self._needs.items())
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._is_replaced():
+        if self._runs_with_others():
+            return None
+        self._passes.running.append(self)
+        if not self._needs:
             return None
         self.gather()
         marked: tuple[Any, Any] = self._calling_in_backward(self.divide, (args, kwargs))
         return marked
 
     def _after(self, module: nn.Module, args: Any, outputs: Any) -> Any:
-        if self._is_replaced():
+        if self._runs_with_others():
+            return None
+        # Those that were called meanwhile, and interrupted, no longer run either.
+        del self._passes.running[self._passes.running.index(self) :]
+        if not self._needs:
             return None
         # A checkpointed layer that runs again in a backward pass is about to need them once more.
         if torch._C._current_graph_task_id() == -1:
@@ -105,18 +160,6 @@ class _Layer:
             for i, tensor in zip(wanted, marked, strict=True):
                 leaves[i] = tensor
         return tree_unflatten(leaves, structure)
-
-
-def _uses_all(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer | nn.MultiheadAttention)
-
-
-def _users(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those in it, without what is inside a module that uses all of its parameters."""
-    yield module
-    if not _uses_all(module):
-        for child in module.children():
-            yield from _users(child)
 
 
 def _needs_gradient(value: Any) -> bool:

@@ -34,7 +34,7 @@ def select_features(
     """
     ((name, tensor),) = scores.items()
     side = side_of(name)
-    if not side or tensor.dim() < 2:
+    if not side or tensor.dim() < 2 or not tensor.numel():
         return highest(scores, k, dtype)
     # The sum over the ranks takes all rows of A. A matrix of LoRA is small.
     part = Part(tensor)

@@ -20,8 +20,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fish_tuning.masked_tensors.parameters import as_buffers
+from fish_tuning.masked_tensors.sharded import check_whole
 from fish_tuning.masked_tensors.structure import entrances
 from fish_tuning.masked_tensors.tensors import MaskedTensor, Place, as_leaf
+from fish_tuning.names import without_wrappers
 from fish_tuning.sparse.deepspeed import follow_engines
 from fish_tuning.sparse.state import MaskState
 from fish_tuning.sparse.state_dict import load_tensors, owned
@@ -46,8 +48,9 @@ def patch_model(state: MaskState, root: nn.Module) -> None:
             patch(state, module, "supports_lora_conversion", _check_convertible)
         holds_masked = any(inner in state.by_module for inner in module.modules())
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and holds_masked:
-            for name in ("merge", "unmerge", "get_delta_weight"):
-                patch(state, module, name, _read)
+            for name in ("merge", "unmerge"):
+                patch(state, module, name, _merge)
+            patch(state, module, "get_delta_weight", _read)
             for name in ("set_adapter", "set_requires_grad", "enable_adapters"):
                 patch(state, module, name, _set_requires_grad)
             patch(state, module, "delete_adapter", _release_deleted)
@@ -114,14 +117,16 @@ def _named_modules(
     """What reads tensors with no method of the model's lists its modules first.
 
     PEFT's get_layer_status wants to know what requires gradients, optimizers and engines want the
-    parameters, and torch.export takes the tensors.
+    parameters, and torch.export takes the tensors. PEFT looks for an adapter in a state dict by the
+    names of modules, and state dicts leave out torch's checkpoint wrappers.
     """
     if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
         follow_engines()
         state.show_values()
         if not remove_duplicate:
             state.update_intact()
-    return original(module, name)(memo, prefix, remove_duplicate)
+    listed = original(module, name)(memo, prefix, remove_duplicate)
+    return ((without_wrappers(path), inner) for path, inner in listed)
 
 
 def _load(
@@ -135,6 +140,13 @@ def _read(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: 
     """PEFT reads tensors: values may have been written since the last forward pass."""
     state.update()
     return original(module, name)(*args, **kwargs)
+
+
+def _merge(state: MaskState, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The base weights that PEFT adds tensors to have to be whole, as the tensors are."""
+    values = (value for group in state.groups for value in group.values())
+    check_whole(values, "an adapter cannot be merged into")
+    return _read(state, module, name, *args, **kwargs)
 
 
 def _check_convertible(

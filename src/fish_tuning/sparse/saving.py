@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -176,23 +176,46 @@ def _with_mask_beside_shards(save_training_state: Callable[..., None]) -> Callab
     return save
 
 
+def _with_folder(save_model: Callable[..., None]) -> Callable[..., None]:
+    """A Trainer looks next whether there is a folder, to know which checkpoint is the best.
+
+    With sharded checkpoints of FSDP2 there is none yet, but another process may be about to write
+    one, and processes that disagree would load different checkpoints in the end.
+    """
+
+    @functools.wraps(save_model)
+    def save(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save_model(self, output_dir, _internal_call)
+        if _internal_call and state_of(self.model) is not None and self.is_fsdp_enabled:
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+
+    return save
+
+
 _OF_TRAINERS = {
+    "save_model": _with_folder,
     "create_model_card": _with_mask_in_card,
     "_load_from_checkpoint": _with_mask_checked,
     "_save_optimizer_and_scheduler": _with_mask_beside_shards,
 }
 
 
-def _gathered(model: nn.Module) -> dict[str, Any]:
+def _gathered(model: nn.Module, **options: Any) -> dict[str, Any]:
     """The state dict of a model that `fully_shard` has divided, with what is to be saved complete.
 
     All processes have to call. What PEFT does not save, the frozen base model, stays divided.
+
+    Args:
+        model: The model.
+        **options: Those of save_pretrained that choose what PEFT saves.
     """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        name: whole(tensor) if name in trained or not isinstance(model, PeftModel) else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = model.state_dict()
+    chosen = [tensors]
+    if isinstance(model, PeftModel):
+        adapters = model.peft_config
+        chosen = [get_peft_model_state_dict(model, tensors, each, **options) for each in adapters]
+    saved = {id(tensor) for each in chosen for tensor in each.values()}
+    return {name: whole(t) if id(t) in saved else t for name, t in tensors.items()}
 
 
 def _save_pretrained(
@@ -201,7 +224,8 @@ def _save_pretrained(
     """The model's own save_pretrained, with the mask and its description beside what it writes."""
     given = kwargs.get("state_dict")
     if given is None and is_sharded(model):
-        given = _gathered(model)
+        option = "save_embedding_layers"
+        given = _gathered(model, **{option: kwargs[option]} if option in kwargs else {})
     if given is None:
         _check_complete(state, model)
     # Trainers gather one from all processes, and then save it in the first.

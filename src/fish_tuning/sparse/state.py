@@ -27,8 +27,8 @@ from fish_tuning.masked_tensors.parameters import (
     take_in_unselected,
 )
 from fish_tuning.masked_tensors.reconcile import check_conflicts, fits, reconcile, take_in_replaced
-from fish_tuning.masked_tensors.sharded import is_sharded, note_shards
-from fish_tuning.masked_tensors.sharding import let_sharding_find_values
+from fish_tuning.masked_tensors.sharded import check_whole, is_sharded, note_shards
+from fish_tuning.masked_tensors.sharding import check_not_cast, let_sharding_find_values
 from fish_tuning.masked_tensors.storage import Group, grouped
 from fish_tuning.masked_tensors.structure import Edge, are_gone, is_unchanged, locate
 from fish_tuning.masked_tensors.tensors import MaskedTensor, View
@@ -122,12 +122,12 @@ class MaskState:
         Those that no longer fit their mask become parameters with what their modules hold.
 
         Raises:
-            RuntimeError: DeepSpeed ZeRO-3 holds their values.
+            RuntimeError: An engine has divided the model among processes.
         """
         leaving = dict.fromkeys(tensors)
         if not leaving:
             return
-        zero3.check_whole(tensor.values for tensor in leaving if tensor.is_split)
+        check_whole((t.values for t in leaving if t.is_split), "a mask cannot be taken off")
         groups = {tensor.group: None for tensor in leaving if tensor.group is not None}
         touched = [tensor for group in groups for tensor in group.tensors]
         self._take_in([t for t in touched if t not in leaving or fits(t)], may_tie=True)
@@ -284,7 +284,8 @@ class MaskState:
                     return  # Another PeftModel has put its adapter in their place.
                 self._index(root)
             if root is not None and dist.is_available() and dist.is_initialized():
-                note_shards([root, *(child for _, _, child in self.edges)])
+                dtypes = note_shards([root, *(child for _, _, child in self.edges)])
+                check_not_cast(root, self.tensors, dtypes)
             self._take_in(self.tensors)
             self.agree_on_training()
             zero3.gather(self.groups)
