@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -123,6 +124,9 @@ class Snapshots(TrainerCallback):
 
 def with_the_best_of_shards(rank, folder):
     let_accelerate_divide_on_cpus()
+    if rank == 1:
+        # Time enough for the other process to write what this one looks for.
+        dist.barrier = lambda wait=dist.barrier, **options: (wait(**options), time.sleep(0.5))
     torch.manual_seed(0)
     settings = {
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
@@ -132,7 +136,6 @@ def with_the_best_of_shards(rank, folder):
         "save_steps": 5,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,
     }
     snapshots = Snapshots()
     trainer = of_transformers(
