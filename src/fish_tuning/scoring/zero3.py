@@ -141,7 +141,8 @@ class _Layer:
         if self._runs_with_others():
             return None
         # Those that were called meanwhile, and interrupted, no longer run either.
-        del self._passes.running[self._passes.running.index(self) :]
+        while self._passes.running and self._passes.running.pop() is not self:
+            pass
         if not self._needs:
             return None
         # A checkpointed layer that runs again in a backward pass is about to need them once more.
