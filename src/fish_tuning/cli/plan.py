@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from fish_tuning.cli.terminal import ConfigFile, Overrides, quiet_libraries, stdout, user_errors
-from fish_tuning.experiments.config.devices import Devices, Engine
+from fish_tuning.experiments.config.devices import MOST, Devices, Engine, Kind
+from fish_tuning.experiments.errors import ConfigError
 
 
 def plan(
@@ -14,11 +15,25 @@ def plan(
     memory: Annotated[
         bool, typer.Option("--memory", help="Estimate each arm's memory per device too.")
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="Devices that train together.")] = 1,
-    engine: Annotated[Engine, typer.Option(help="What divides a model among them.")] = "ddp",
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST, help="Devices that train together; by default one."),
+    ] = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="What divides a model among them; by default ddp.")
+    ] = None,
+    on: Annotated[
+        Kind | None,
+        typer.Option(help="What they are; by default what this machine has, and several are gpu."),
+    ] = None,
 ) -> None:
     """Show budgets, trainable counts and steps, without weights and without training."""
     with user_errors():
+        given = {"--devices": devices, "--engine": engine, "--on": on}
+        for option, value in given.items():
+            if value is not None and not memory:
+                raise ConfigError(f"{option}: {value} is for estimates of memory; add --memory")
+
         from fish_tuning.experiments.config.load import load_config
         from fish_tuning.experiments.runs.preflight import check_experiment
 
@@ -28,5 +43,12 @@ def plan(
 
         from fish_tuning.experiments.plan import plan_experiment
 
-        of = Devices(devices, engine) if memory else None
+        of = _devices(devices or 1, engine or "ddp", on) if memory else None
         stdout().print(plan_experiment(checked, of))
+
+
+def _devices(count: int, engine: Engine, kind: Kind | None) -> Devices:
+    import torch
+
+    here: Kind = "gpu" if count > 1 or torch.accelerator.is_available() else "cpu"
+    return Devices(count, engine, kind or here)

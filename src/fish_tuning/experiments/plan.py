@@ -14,7 +14,7 @@ from fish_tuning.experiments.arms import ArmKey, searched
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.models.counts import count_parameters
-from fish_tuning.experiments.models.memory import ArmMemory, estimate_memory
+from fish_tuning.experiments.models.memory import ArmMemory, Memory, estimate_memory
 from fish_tuning.experiments.runs.preflight import CheckedExperiment
 from fish_tuning.experiments.tables import MISSING, Table
 
@@ -36,6 +36,10 @@ class PlannedArm:
     total: int
 
 
+Column = Callable[[PlannedArm], str]
+"""What a column of a table shows of an arm."""
+
+
 @dataclass(frozen=True)
 class ExperimentPlan:
     """What an experiment would do.
@@ -53,7 +57,7 @@ class ExperimentPlan:
             examples.
         output_dir: Folder of the results.
         devices: The devices whose memory is estimated; None if it is not.
-        memory: The memory of every arm at every budget; None if it cannot be estimated.
+        memory: The memory of every arm at every budget.
     """
 
     model: str
@@ -67,7 +71,7 @@ class ExperimentPlan:
     steps: int | None
     output_dir: str
     devices: Devices | None = None
-    memory: Mapping[ArmKey, ArmMemory | None] = field(default_factory=dict)
+    memory: Mapping[ArmKey, ArmMemory] = field(default_factory=dict)
 
     @property
     def num_runs(self) -> int:
@@ -78,7 +82,7 @@ class ExperimentPlan:
         """Render a list of facts and a table of the arms."""
         yield self._rendered()
         if self.devices is not None:
-            yield f"GiB on each of {self.devices}, at the highest point"
+            yield f"GiB on {self.devices}, at the highest point"
             yield self._memory_table().terminal()
 
     def _rendered(self) -> RenderableType:
@@ -86,7 +90,7 @@ class ExperimentPlan:
         for name, value in self._facts():
             facts.add_row(name, value)
         baseline = next((a.trainable for a in self.arms if a.name == ORIGINAL_LORA), None)
-        columns: dict[str, Callable[[PlannedArm], str]] = {
+        columns: dict[str, Column] = {
             "arm": lambda arm: arm.name,
             "budget": lambda arm: "" if arm.ratio is None else f"{arm.ratio:g}",
             "trainable": lambda arm: f"{arm.trainable:,}",
@@ -97,23 +101,23 @@ class ExperimentPlan:
         return Group(facts, Table.of(self.arms, columns).terminal())
 
     def _memory_table(self) -> Table:
-        def gib(part: Callable[[ArmMemory], int | None]) -> Callable[[PlannedArm], str]:
+        def gib(part: Callable[[Memory], int | None], of: str = "training") -> Column:
             def show(arm: PlannedArm) -> str:
-                if (memory := self.memory[arm.name, arm.ratio]) is None:
-                    return MISSING
-                count = part(memory)
-                return "" if count is None else f"{count / 2**30:.2f}"
+                memory: Memory | None = getattr(self.memory[arm.name, arm.ratio], of)
+                if memory is None:
+                    return ""
+                return MISSING if (count := part(memory)) is None else f"{count / 2**30:.2f}"
 
             return show
 
-        columns: dict[str, Callable[[PlannedArm], str]] = {
+        columns: dict[str, Column] = {
             "arm": lambda arm: arm.name if arm.ratio is None else f"{arm.name} {arm.ratio:g}",
-            "weights": gib(lambda memory: memory.training.weights),
-            "trained": gib(lambda memory: memory.training.trained),
-            "AdamW": gib(lambda memory: memory.training.optimizer),
-            "step": gib(lambda memory: memory.training.step),
-            "training": gib(lambda memory: memory.training.total),
-            "scoring": gib(lambda memory: memory.scoring.total if memory.scoring else None),
+            "weights": gib(lambda memory: memory.weights),
+            "trained": gib(lambda memory: memory.trained),
+            "AdamW": gib(lambda memory: memory.optimizer),
+            "step": gib(lambda memory: memory.step),
+            "training": gib(lambda memory: memory.total),
+            "scoring": gib(lambda memory: memory.total, "scoring"),
         }
         return Table.of(self.arms, columns)
 

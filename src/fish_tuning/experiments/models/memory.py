@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fish_tuning.experiments.arms import Arm, ArmKey, planned
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.errors import first_line
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
-from fish_tuning.experiments.models.counts import ParameterCounts
-from fish_tuning.experiments.models.live_bytes import peak_of_step
+from fish_tuning.experiments.models.counts import ParameterCounts, names_left_dense
+from fish_tuning.experiments.models.live_bytes import WithoutNumbers
 from fish_tuning.experiments.models.load import DTYPES, HEADS
-from fish_tuning.per_example.accumulate import CHUNK_ENTRIES
+from fish_tuning.experiments.models.masked_gradients import MaskedGradients
+from fish_tuning.experiments.models.scoring_step import peak_of_scoring
+from fish_tuning.experiments.models.training_step import peak_of_training
+
+logger = logging.getLogger(__name__)
 
 FLOAT32 = 4
 INDEX = 4
@@ -35,17 +39,20 @@ class Memory:
         weights: Frozen weights and buffers, and the layers that an engine gathers.
         trained: The trained tensors, with what a mask keeps of them; with scores while scoring.
         optimizer: AdamW's two numbers for each trained parameter, and DDP's gradient buckets.
-        step: Activations, gradients, loss, and whatever else a batch needs for a while.
+        step: Activations, gradients, loss, and whatever else a batch needs for a while; None if
+            it cannot be estimated.
     """
 
     weights: int
     trained: int
     optimizer: int
-    step: int
+    step: int | None
 
     @property
-    def total(self) -> int:
-        """All of it."""
+    def total(self) -> int | None:
+        """All of it; None if a part cannot be estimated."""
+        if self.step is None:
+            return None
         return self.weights + self.trained + self.optimizer + self.step
 
 
@@ -62,7 +69,7 @@ def estimate_memory(
     counts: Mapping[ArmKey, ParameterCounts],
     num_labels: int,
     devices: Devices,
-) -> dict[ArmKey, ArmMemory | None]:
+) -> dict[ArmKey, ArmMemory]:
     """Estimate the memory of every arm at every budget.
 
     The batch is the experiment's: `per_device_train_batch_size` inputs of the greatest length. What
@@ -76,7 +83,7 @@ def estimate_memory(
         devices: The devices.
 
     Returns:
-        The memory by arm; None if a step of the arm's model cannot be run without numbers.
+        The memory by arm. Why a step of it cannot be run without numbers is logged.
 
     Raises:
         ConfigError: An arm's model cannot be built.
@@ -87,57 +94,80 @@ def estimate_memory(
 
 def _of_arm(
     config: ExperimentConfig, arm: Arm, count: ParameterCounts, num_labels: int, devices: Devices
-) -> ArmMemory | None:
-    args, quantization = config.training_args, config.model.quantization
-    model: Any = adapted_without_weights(config, arm, num_labels)
-    # transformers checkpoints in training mode alone; scoring keeps it on.
-    if checkpointing := bool(args.get("gradient_checkpointing")):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+) -> ArmMemory:
+    quantization = config.model.quantization
+    model = adapted_without_weights(config, arm, num_labels)
     dtype = DTYPES[config.model.precision]
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    trained = trainable_tensors(model)
-    pool = sum(tensor.numel() for tensor in trained.values())
+    stand_in = WithoutNumbers(model)
+    pool = trainable_tensors(model)
     gathered = _gathered_bytes(model) if devices.of_weights > 1 else 0
     held = _frozen_bytes(model, quantization) // devices.of_weights + gathered
     dequantized = _dequantized_bytes(model, quantization)
-
-    def step(*, training: bool, autocast: torch.dtype | None = None) -> int:
-        model.train(training)
-        batch = functools.partial(_batch, config, num_labels)
-        return dequantized + peak_of_step(model, batch, autocast=autocast)
-
-    try:
-        training = Memory(
-            weights=held,
-            trained=_trained_bytes(pool, count.trainable, arm.criterion is not None, devices),
-            optimizer=_optimizer_bytes(count.trainable, devices),
-            step=step(training=True, autocast=_autocast(args)),
-        )
-        if arm.criterion not in ("fisher", "reversed"):
-            return ArmMemory(training, None)
-        largest = max(tensor.numel() for tensor in trained.values())
+    scoring = None
+    if arm.criterion in ("fisher", "reversed"):
+        entries = sum(tensor.numel() for tensor in pool.values())
         scoring = Memory(
             weights=held,
-            trained=2 * FLOAT32 * pool // devices.of_weights,
+            trained=2 * FLOAT32 * entries // devices.of_weights,
             optimizer=0,
-            step=step(training=checkpointing)
-            + FLOAT32 * min(CHUNK_ENTRIES, _rows(config) * largest)
-            + _logits_bytes(config, model, num_labels),
+            step=_or_none(
+                lambda: (
+                    dequantized + peak_of_scoring(stand_in, config, num_labels) - FLOAT32 * entries
+                )
+            ),
         )
-    except RuntimeError:
-        return None
+    masked = _masked_part(config, arm, pool, count.trainable)
+    gradients = MaskedGradients(*masked) if masked else None
+    training = Memory(
+        weights=held,
+        trained=_trained_bytes(count.trainable, masked, devices),
+        optimizer=_optimizer_bytes(count.trainable, devices),
+        step=_or_none(
+            lambda: (
+                dequantized
+                + peak_of_training(
+                    stand_in,
+                    config,
+                    num_labels,
+                    kernels=devices.kind == "gpu",
+                    on_gradients=gradients.finish if gradients else lambda: None,
+                )
+            )
+        ),
+    )
     return ArmMemory(training, scoring)
 
 
-def _trained_bytes(pool: int, k: int, masked: bool, devices: Devices) -> int:
-    """Bytes of the parameters that are trained, and of all entries that a mask selects from.
+def _masked_part(
+    config: ExperimentConfig, arm: Arm, pool: Mapping[str, nn.Parameter], k: int
+) -> tuple[dict[str, nn.Parameter], int] | None:
+    """The tensors that an arm's mask selects from, and how many entries; None without a mask."""
+    if arm.criterion is None:
+        return None
+    entries = {name: tensor.numel() for name, tensor in pool.items()}
+    dense = names_left_dense(config, entries, k)
+    whole = {name for name in pool if any(re.search(pattern, name) for pattern in dense)}
+    masked = {name: tensor for name, tensor in pool.items() if name not in whole}
+    return masked, k - sum(entries[name] for name in whole)
 
-    A masked tensor keeps its entries undivided, beside the values and their index.
+
+def _trained_bytes(
+    k: int, masked: tuple[Mapping[str, nn.Parameter], int] | None, devices: Devices
+) -> int:
+    """Bytes of the parameters that are trained, and of what a mask keeps beside them.
+
+    That is undivided: all entries of its tensors, and for each selected one its place and the
+    number on which tensor and values last agreed.
     """
     values = FLOAT32 * k // devices.of_weights
-    return values + (FLOAT32 * pool + INDEX * k) * masked
+    if masked is None:
+        return values
+    tensors, selected = masked
+    entries = sum(tensor.numel() for tensor in tensors.values())
+    return values + FLOAT32 * entries + (INDEX + FLOAT32) * selected
 
 
 def _optimizer_bytes(k: int, devices: Devices) -> int:
@@ -193,28 +223,12 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _autocast(args: Mapping[str, object]) -> torch.dtype | None:
-    if args.get("bf16"):
-        return torch.bfloat16
-    return torch.float16 if args.get("fp16") else None
-
-
-def _rows(config: ExperimentConfig) -> int:
-    rows: int = config.training_args.get("per_device_train_batch_size", 8)
-    return rows
-
-
-def _batch(config: ExperimentConfig, num_labels: int) -> dict[str, Tensor]:
-    ids = torch.zeros(_rows(config), config.max_length, dtype=torch.long)
-    if num_labels == 0:
-        return {"input_ids": ids, "labels": ids}
-    labels = torch.zeros(len(ids), dtype=torch.float32 if num_labels == 1 else torch.long)
-    return {"input_ids": ids, "labels": labels}
-
-
-def _logits_bytes(config: ExperimentConfig, model: Any, num_labels: int) -> int:
-    """Bytes of a language model's logits, which scoring keeps to compare two losses."""
-    if num_labels:
-        return 0
-    vocabulary: int = model.get_output_embeddings().out_features
-    return FLOAT32 * _rows(config) * config.max_length * vocabulary
+def _or_none(peak: Callable[[], int]) -> int | None:
+    try:
+        return peak()
+    # Models that read numbers, or do what torch cannot follow without any, raise many kinds.
+    except Exception as error:
+        logger.warning(
+            "A step cannot be run without weights, so it has no estimate: %s", first_line(error)
+        )
+        return None

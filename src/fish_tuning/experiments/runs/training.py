@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from fish_tuning.experiments.arms import Arm
 from fish_tuning.experiments.models.adapters import add_adapter, trainable_tensors
+from fish_tuning.experiments.models.checkpointing import enable_checkpointing
 from fish_tuning.experiments.models.load import load_model
 from fish_tuning.experiments.results import Evaluated, Run, tensor_densities
 from fish_tuning.experiments.runs import processes
@@ -124,6 +125,8 @@ def start_of(
     set_seed(arm.seed)
     steps = _total_steps(args, len(experiment.train))
     model = add_adapter(base, arm, config, total_steps=steps, ranks=ranks)
+    # Trainer does so when it trains; scoring comes before.
+    enable_checkpointing(model, config.training_args)
     if config.model.quantization is None:
         model.to(args.device)
     trainable = trainable_tensors(model)
