@@ -183,7 +183,7 @@ def test_memory_of_every_arm(tmp_path, monkeypatch):
     )
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
-    head, _, table = result.stdout.partition("GiB on each of 2 devices with zero2")
+    head, _, table = result.stdout.partition("GiB on each of 2 GPUs with zero2")
     assert head and table
     numbers = [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()]
     rows = [[float(number) for number in row] for row in numbers if row]
@@ -191,6 +191,74 @@ def test_memory_of_every_arm(tmp_path, monkeypatch):
     assert [len(row) for row in rows] == [5, 6, 5, 6]
     for weights, trained, optimizer, step, training, *_ in rows:
         assert training == pytest.approx(weights + trained + optimizer + step, abs=0.021)
+
+
+T5 = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 100,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "vocab_size": 100,
+}
+CLASSES = "dataset: {load_args: [imdb], num_labels: 2}"
+TEXTS = "dataset: {task: causal_lm, path: d.txt}"
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "options", "message"),
+    [
+        (BERT_TINY, CLASSES, ["--devices", "8"], "--devices: 8 is for estimates of memory; add"),
+        (BERT_TINY, CLASSES, ["--engine", "zero2"], "--engine: zero2 is for estimates"),
+        (BERT_TINY, CLASSES, ["--memory", "--devices", "1000000000"], "--devices"),
+        (
+            BERT_TINY,
+            CLASSES + "\ntraining: {max_seq_length: 513}",
+            [],
+            r"max_seq_length: 513 is more than the 512 tokens that '.*' takes; lower it",
+        ),
+        (
+            BERT_TINY,
+            CLASSES + "\ntraining: {args_override: {optim: adafactor}}",
+            ["--memory"],
+            "args_override.optim: the memory of 'adafactor' is not known; plan without --memory",
+        ),
+        (T5, CLASSES, ["--memory"], "cannot be trained so: .*decoder_start_token_id"),
+    ],
+)
+def test_what_a_plan_refuses(tmp_path, model, text, options, message):
+    """Guards against options without an effect, tracebacks, and numbers of steps that fail."""
+    path = written(tmp_path, text)
+    model_folder(tmp_path / "m", model)
+    result = CliRunner().invoke(main, ["plan", str(path), *options])
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split()))
+
+
+def test_a_step_without_an_estimate(tmp_path, capfd):
+    """Guards the other numbers where a step cannot be estimated, and one line that says why."""
+    path = written(tmp_path, TEXTS + "\nlora: {target_modules: [q_proj]}")
+    model_folder(tmp_path / "m", MIXTRAL)
+    result = CliRunner().invoke(main, ["plan", str(path), "--memory"])
+    assert result.exit_code == 0, result.output
+    (note,) = [line for line in result.stderr.splitlines() if "No estimate" in line]
+    assert "which cannot be run without weights: " in note
+    assert "Traceback" not in result.stderr + capfd.readouterr().err
+    row = next(
+        line for line in result.stdout.splitlines() if "Original LoRA" in line and "n/a" in line
+    )
+    assert len(re.findall(r"\d+\.\d\d", row)) == 3
 
 
 def test_counts_of_other_arms(tmp_path, monkeypatch):

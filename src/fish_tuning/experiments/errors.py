@@ -28,5 +28,9 @@ class MissingFileError(ConfigError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or the error's type if it has no message.
+
+    A line that ends in a colon says where; the next one, which says what, is added to it.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

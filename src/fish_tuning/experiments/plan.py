@@ -14,8 +14,9 @@ from fish_tuning.experiments.arms import ArmKey, searched
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
 from fish_tuning.experiments.models.counts import count_parameters
+from fish_tuning.experiments.models.load import check_length
 from fish_tuning.experiments.models.memory import ArmMemory, Memory, estimate_memory
-from fish_tuning.experiments.runs.preflight import CheckedExperiment
+from fish_tuning.experiments.runs.preflight import CheckedExperiment, check_packages
 from fish_tuning.experiments.tables import MISSING, Table
 
 
@@ -114,7 +115,7 @@ class ExperimentPlan:
             "arm": lambda arm: arm.name if arm.ratio is None else f"{arm.name} {arm.ratio:g}",
             "weights": gib(lambda memory: memory.weights),
             "trained": gib(lambda memory: memory.trained),
-            "AdamW": gib(lambda memory: memory.optimizer),
+            "optimizer": gib(lambda memory: memory.optimizer),
             "step": gib(lambda memory: memory.step),
             "training": gib(lambda memory: memory.total),
             "scoring": gib(lambda memory: memory.total, "scoring"),
@@ -147,13 +148,16 @@ def plan_experiment(checked: CheckedExperiment, devices: Devices | None = None) 
         devices: The devices whose memory to estimate; by default it is not.
 
     Raises:
-        ConfigError: The model's config cannot be loaded, the modules to adapt are not in the
-            model, or a budget cannot be met.
+        ConfigError: The model's config cannot be loaded, inputs are too long for it, the modules
+            to adapt are not in it, or a budget cannot be met.
     """
     config, data = checked.config, checked.data
     num_labels = config.dataset.known_num_labels if data is None else data.num_labels
     examples = config.dataset.max_train_samples if data is None else len(data.train)
     assert num_labels is not None
+    check_length(config.model, config.max_length)
+    if devices is not None:
+        check_packages(config)  # The estimate runs a step of TRL's Trainer.
     counts = count_parameters(config, num_labels)
     source = "the hub" if config.dataset.load_args else "the installed packages"
     return ExperimentPlan(

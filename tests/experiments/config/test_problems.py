@@ -56,6 +56,19 @@ BAD = [
     ),
     ("base_training: {args: {max_steps: true}}", r"max_steps: True should be of type int"),
     (
+        "base_training: {args: {per_device_train_batch_size: 0}}",
+        r"per_device_train_batch_size: 0 must be at least 1",
+    ),
+    (
+        "training: {args_override: {gradient_accumulation_steps: -1}}",
+        r"gradient_accumulation_steps: -1 must be at least 1",
+    ),
+    ("training: {args_override: {max_length: 0}}", r"max_length: 0 must be at least 1"),
+    (
+        "base_training: {args: {bf16: true}}\ntraining: {args_override: {fp16: true}}",
+        r"training\.args_override\.fp16: is true beside bf16; keep one",
+    ),
+    (
         "base_training: {args: {evaluation_strategy: 'no', eval_strategy: 'no'}}",
         r"evaluation_strategy: is the old name of eval_strategy, given too",
     ),

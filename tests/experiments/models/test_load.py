@@ -5,7 +5,11 @@ import time
 
 import pytest
 import torch
-from transformers import BertConfig, ViTConfig
+from transformers import CONFIG_MAPPING, BertConfig, ViTConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from fish_tuning.experiments.config.model import ModelConfig
 from fish_tuning.experiments.errors import ConfigError
@@ -163,3 +167,43 @@ def test_models_that_do_not_write(tmp_path):
         load_model(headless, load_tokenizer(headless), 0)
     tied = ModelConfig(name=headless.name, config_overrides={"tie_word_embeddings": True})
     load_model(tied, load_tokenizer(tied), 0)
+
+
+def kinds_that_say_they_are_no_decoders():
+    """Types of configs by which transformers builds language models although they deny it."""
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[kind]()
+        except Exception:
+            continue  # It has no default, and none of the models below.
+        if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+            yield kind
+
+
+def test_a_kind_is_told_from_its_layers(tmp_path):
+    """Guards GPT-NeoX and its like, whose attention is causal although their configs do not say."""
+    always_causal = {"gpt_neox", "gpt_neox_japanese", "trocr"}
+    kinds = set(kinds_that_say_they_are_no_decoders())
+    assert always_causal < kinds
+    for kind in kinds:
+        CONFIG_MAPPING[kind]().save_pretrained(tmp_path / kind)
+        config = ModelConfig(name=str(tmp_path / kind))
+        if kind in always_causal:
+            meta_model(config, 0)
+            continue
+        assert kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation"
+        with pytest.raises(ConfigError, match="is_decoder"):
+            meta_model(config, 0)
+
+
+def test_sizes_of_nothing(tmp_path):
+    """Guards against a model without words, which some classes build."""
+    config = ModelConfig(name=str(write_llama(tmp_path)), config_overrides={"vocab_size": 0})
+    with pytest.raises(ConfigError, match=r"vocab_size of .* is 0, and must be at least 1"):
+        meta_model(config, 0)
+
+
+def test_a_classifier_needs_no_pad_token_for_its_shapes(tmp_path):
+    """Guards plans of decoders whose pad token only the tokenizer knows."""
+    config = ModelConfig(name=str(write_llama(tmp_path)))
+    assert meta_model(config, 2).config.pad_token_id == 0

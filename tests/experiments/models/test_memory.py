@@ -193,3 +193,13 @@ def test_engines_divide_what_they_divide(tmp_path):
         assert divided.weights == one.weights
         assert sharded.weights < one.weights
         assert one.trained - sharded.trained == 3 * k
+
+
+def test_what_optimizers_keep(tmp_path):
+    """Guards against AdamW's numbers where another optimizer trains."""
+    for name, numbers in {"adamw_torch": 2, "sgd": 0}.items():
+        config, num_labels = experiment(tmp_path, BERT, f", optim: {name}")
+        counts = count_parameters(config, num_labels)
+        found = estimate_memory(config, counts, num_labels, Devices())
+        for key, memory in found.items():
+            assert memory.training.optimizer == 4 * numbers * counts[key].trainable

@@ -89,6 +89,8 @@ class ExperimentConfig(Section):
                     f"learning_rates.{name}",
                     "lists rates for a search; keep one of them, or add learning_rate_search",
                 )
+        if self.training_args.get("bf16") and self.training_args.get("fp16"):
+            yield self.argument_path("fp16"), "is true beside bf16; keep one"
         if self.is_generative:
             yield from self._conflicts_of_generation()
         else:

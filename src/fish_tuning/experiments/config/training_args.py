@@ -56,6 +56,13 @@ _SET_ELSEWHERE = {
     "trust_remote_code": "model.trust_remote_code",
 }
 
+_AT_LEAST_ONE = {
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+}
+
 _SIMPLE_TYPES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, bool, str)}
 _SIMPLE_TYPES |= {f"{name} | None": kind | None for name, kind in _SIMPLE_TYPES.items()}
 
@@ -140,6 +147,9 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
                 checked[name] = TypeAdapter(_SIMPLE_TYPES[types[name]]).validate_python(value)
             except ValueError:
                 problems[name] = f"{value!r} should be of type {types[name]}"
+            else:
+                if name in _AT_LEAST_ONE and checked[name] is not None and checked[name] < 1:
+                    problems[name] = f"{value!r} must be at least 1"
         else:
             checked[name] = value
     if problems:

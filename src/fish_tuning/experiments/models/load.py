@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,13 +74,29 @@ def load_tokenizer(config: ModelConfig, max_seq_length: int | None = None) -> An
             )
         tokenizer.pad_token = tokenizer.eos_token
     if max_seq_length is not None:
-        longest = longest_input(config, tokenizer)
-        if max_seq_length > longest:
-            raise ConfigError(
-                f"training.max_seq_length: {max_seq_length} is more than the {longest} tokens "
-                f"that {config.name!r} takes; lower it"
-            )
+        check_length(config, max_seq_length, tokenizer)
     return tokenizer
+
+
+def check_length(
+    config: ModelConfig, length: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Check that the model takes inputs of a length, as far as is known.
+
+    Args:
+        config: The model.
+        length: The length of the longest input.
+        tokenizer: Its tokenizer, which may know a shorter one than the model's config.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    longest = longest_input(config, tokenizer)
+    if length > longest:
+        raise ConfigError(
+            f"training.max_seq_length: {length} is more than the {longest} tokens that "
+            f"{config.name!r} takes; lower it"
+        )
 
 
 def model_config(
@@ -138,17 +155,45 @@ def meta_model(config: ModelConfig, num_labels: int) -> PreTrainedModel:
     """
     own = model_config(config, num_labels or None)
     family: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
-    # Of decoders, only the configs of types that can also be encoders have this attribute.
-    if not (num_labels or own.is_encoder_decoder) and getattr(own, "is_decoder", None) is False:
-        raise ConfigError(
-            f"model.name: {config.name!r} is an encoder, which sees the tokens that it would have "
-            "to predict; name a language model, or set model.config_overrides.is_decoder: true"
-        )
+    _check_sizes(config, own)
+    if num_labels and getattr(own, "pad_token_id", None) is None:
+        own.pad_token_id = 0  # Which one it is, the tokenizer knows.
     with torch.device("meta"):
         model: PreTrainedModel = _built(
             config, own, lambda: family.from_config(own, dtype=torch.float32)
         )
+    if not num_labels and _is_encoder(model):
+        raise ConfigError(
+            f"model.name: {config.name!r} is an encoder, which sees the tokens that it would have "
+            "to predict; name a language model, or set model.config_overrides.is_decoder: true"
+        )
     return model
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    """Whether tokens attend to those that follow, of a model that can be encoder or decoder.
+
+    The layers of such a model know what they are. The config alone does not tell: GPT-NeoX's says
+    that it is no decoder, as configs do by default, and its attention is causal in any case.
+    """
+    if model.config.is_encoder_decoder or getattr(model.config, "is_decoder", None) is not False:
+        return False
+    return any(getattr(module, "is_decoder", None) is False for module in model.modules())
+
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _check_sizes(config: ModelConfig, own: PretrainedConfig) -> None:
+    """Check what some classes build a model of no use from."""
+    text: Any = own.get_text_config()
+    for name in _SIZES:
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size < 1:
+            raise ConfigError(
+                f"model.name: {name} of {config.name!r} is {size}, and must be at least 1; correct "
+                f"its config.json or set model.config_overrides.{name}"
+            )
 
 
 def load_model(
@@ -260,12 +305,15 @@ def _built(config: ModelConfig, own: PretrainedConfig, build: Callable[[], Any])
     return model
 
 
-def longest_input(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_input(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """Return the number of tokens that the model has positions for, as far as is known."""
     own = model_config(config)
-    positions = getattr(own, "max_position_embeddings", None) or tokenizer.model_max_length
     # RoBERTa's positions start after the padding index; its tokenizer knows the real limit.
-    return int(min(positions, tokenizer.model_max_length))
+    known = [
+        getattr(own, "max_position_embeddings", None),
+        None if tokenizer is None else tokenizer.model_max_length,
+    ]
+    return min((int(limit) for limit in known if limit), default=sys.maxsize)
 
 
 def quantization_options(config: ModelConfig) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fish_tuning.experiments.arms import Arm, ArmKey, planned
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.schema import ExperimentConfig
-from fish_tuning.experiments.errors import first_line
+from fish_tuning.experiments.errors import ConfigError, first_line
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
 from fish_tuning.experiments.models.counts import ParameterCounts, names_left_dense
 from fish_tuning.experiments.models.live_bytes import WithoutNumbers
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 FLOAT32 = 4
 INDEX = 4
 """Bytes of a selected entry's position."""
+OPTIMIZERS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, "sgd": 0}
+"""Numbers that an optimizer keeps for each parameter."""
 QUANTIZED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 """Bytes per weight: bitsandbytes keeps a float32 scale for every 64 weights of 4 bits."""
 
@@ -38,7 +41,7 @@ class Memory:
     Attributes:
         weights: Frozen weights and buffers, and the layers that an engine gathers.
         trained: The trained tensors, with what a mask keeps of them; with scores while scoring.
-        optimizer: AdamW's two numbers for each trained parameter, and DDP's gradient buckets.
+        optimizer: Its numbers for each trained parameter, AdamW's two, and DDP's gradient buckets.
         step: Activations, gradients, loss, and whatever else a batch needs for a while; None if
             it cannot be estimated.
     """
@@ -86,7 +89,7 @@ def estimate_memory(
         The memory by arm. Why a step of it cannot be run without numbers is logged.
 
     Raises:
-        ConfigError: An arm's model cannot be built.
+        ConfigError: An arm's model cannot be built or trained, or the optimizer is not known.
     """
     arms = {arm.key: arm for arm in planned(config)}
     return {key: _of_arm(config, arms[key], counts[key], num_labels, devices) for key in counts}
@@ -114,9 +117,10 @@ def _of_arm(
             trained=2 * FLOAT32 * entries // devices.of_weights,
             optimizer=0,
             step=_or_none(
+                config,
                 lambda: (
                     dequantized + peak_of_scoring(stand_in, config, num_labels) - FLOAT32 * entries
-                )
+                ),
             ),
         )
     masked = _masked_part(config, arm, pool, count.trainable)
@@ -124,8 +128,9 @@ def _of_arm(
     training = Memory(
         weights=held,
         trained=_trained_bytes(count.trainable, masked, devices),
-        optimizer=_optimizer_bytes(count.trainable, devices),
+        optimizer=_optimizer_bytes(config, count.trainable, devices),
         step=_or_none(
+            config,
             lambda: (
                 dequantized
                 + peak_of_training(
@@ -135,7 +140,7 @@ def _of_arm(
                     kernels=devices.kind == "gpu",
                     on_gradients=gradients.finish if gradients else lambda: None,
                 )
-            )
+            ),
         ),
     )
     return ArmMemory(training, scoring)
@@ -170,9 +175,15 @@ def _trained_bytes(
     return values + FLOAT32 * entries + (INDEX + FLOAT32) * selected
 
 
-def _optimizer_bytes(k: int, devices: Devices) -> int:
+def _optimizer_bytes(config: ExperimentConfig, k: int, devices: Devices) -> int:
+    name = config.training_args.get("optim", "adamw_torch")
+    if name not in OPTIMIZERS:
+        raise ConfigError(
+            f"{config.argument_path('optim')}: the memory of {name!r} is not known; plan without "
+            f"--memory, or use one of {', '.join(OPTIMIZERS)}"
+        )
     buckets = FLOAT32 * k if devices.engine == "ddp" and devices.count > 1 else 0
-    return 2 * FLOAT32 * k // devices.of_optimizer + buckets
+    return OPTIMIZERS[name] * FLOAT32 * k // devices.of_optimizer + buckets
 
 
 def _frozen_bytes(model: nn.Module, quantization: str | None) -> int:
@@ -223,12 +234,25 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _or_none(peak: Callable[[], int]) -> int | None:
+def _or_none(config: ExperimentConfig, peak: Callable[[], int]) -> int | None:
+    """What a step takes; None, and a warning that says why, if it cannot be run without numbers.
+
+    Raises:
+        ConfigError: The model or its Trainer refuses the step, as it will with numbers.
+    """
+    # It prints a traceback for each operation that it cannot run.
+    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
     try:
         return peak()
-    # Models that read numbers, or do what torch cannot follow without any, raise many kinds.
-    except Exception as error:
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model.name: {config.model.name!r} cannot be trained so: {first_line(error)}; "
+            "correct its config.json or model.config_overrides, or the training arguments"
+        ) from error
+    except (NotImplementedError, RuntimeError) as error:
         logger.warning(
-            "A step cannot be run without weights, so it has no estimate: %s", first_line(error)
+            "No estimate of a step of %r, which cannot be run without weights: %s",
+            config.model.name,
+            first_line(error),
         )
         return None
