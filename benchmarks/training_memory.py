@@ -58,8 +58,10 @@ def peak_of_training(way: Way, batch: Batch, device: str) -> int:
 
 
 def bytes_held(model: nn.Module) -> int:
-    """Bytes of a model's parameters, buffers and masked tensors; shared memory counts once."""
-    masked = (value for module in model.modules() for value in vars(module).values())
+    """Bytes of a model's tensors and of what its mask keeps; shared memory counts once."""
+    state = state_of(model)
+    holders = chain(model.modules(), [] if state is None else state.groups)
+    masked = (value for holder in holders for value in vars(holder).values())
     tensors = chain(model.parameters(), model.buffers(), masked)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -78,11 +80,12 @@ def _parts(setting: Setting, batch: Batch) -> str:
     activations = batch["input_ids"].numel() * modules * (rank - rank // 2) * 4 / 1e6
     return (
         f"entries that stay frozen {entries:.2f} MB, the trained values beside their places in "
-        f"the storage {entries:.2f} MB, their index {entries:.2f} MB, and in {modules} adapters "
-        f"the activations of {rank} ranks instead of {rank // 2}, {activations:.2f} MB. All four "
-        "are needed from the forward pass until the backward pass; a mask that leaves out the "
-        "entries of A (the published selection) or whole layers needs no inputs kept for these "
-        "and takes less than LoRA"
+        f"the storage {entries:.2f} MB, their index {entries:.2f} MB, their numbers when values "
+        f"and storage last agreed {entries:.2f} MB, and in {modules} adapters the activations of "
+        f"{rank} ranks instead of {rank // 2}, {activations:.2f} MB. All are needed from the "
+        "forward pass until the backward pass; a mask that leaves out the entries of A (the "
+        "published selection) or whole layers needs no inputs kept for these and takes less than "
+        "LoRA"
     )
 
 

@@ -77,7 +77,8 @@ def memory_of_training_on_text(setting: Setting) -> Iterator[Row]:
             at_most=1 if name == DEFAULT else None,
             unit=" MB",
             rest="entries that stay frozen, the trained values beside their places in the tensors, "
-            "their index, and activations of twice as many ranks",
+            "their index, their numbers when both last agreed, and activations of twice as many "
+            "ranks",
         )
 
 

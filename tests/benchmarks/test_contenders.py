@@ -11,7 +11,7 @@ from benchmarks.scoring import naive_scores
 from benchmarks.shapes import TINY, TINY_CAUSAL, batch_of, packed, padded, sentences, texts
 from benchmarks.training import DEFAULT, HOOKS, PUBLISHED, UPPER, half_mask, ways
 from benchmarks.training_memory import bytes_held
-from fish_tuning import calculate_fisher_information, get_mask
+from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher, get_mask
 
 RANK = 4
 
@@ -107,3 +107,10 @@ def test_bytes_held_counts_memory_once(shared):
     if shared:
         twin[1].register_buffer("part", twin[0].weight.detach()[:5])
     assert bytes_held(twin) == bytes_held(model) == 400
+
+
+def test_bytes_held_see_what_a_mask_keeps():
+    """Guards measurements against leaving out the place and the number of selected entries."""
+    model = torch.nn.Linear(100, 10, bias=False)
+    apply_mask(model, create_mask_from_fisher({"weight": torch.rand(10, 100)}, num_trainable=300))
+    assert bytes_held(model) == 4 * 1000 + 12 * 300 + 1

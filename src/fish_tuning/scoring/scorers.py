@@ -104,6 +104,7 @@ class BatchScorer:
             except OnePassError as error:
                 assert isinstance(self._scorer, OnePass)
                 self._scorer = self._scorer.after(error)
+            gc.collect()  # The failed attempt's graph, which its traceback keeps in a cycle.
 
 
 class OnePass:

