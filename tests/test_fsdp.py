@@ -3,6 +3,7 @@
 accelerate divides models on accelerators only; `tests/fsdp.py` has it do so on CPUs.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -122,11 +123,16 @@ class Snapshots(TrainerCallback):
         self.at[f"checkpoint-{state.global_step}"] = tensors_of(model, mask)
 
 
+def wait_long(barrier, **options):
+    """Time enough for the other process to write what this one looks for next."""
+    barrier(**options)
+    time.sleep(0.5)
+
+
 def with_the_best_of_shards(rank, folder):
     let_accelerate_divide_on_cpus()
     if rank == 1:
-        # Time enough for the other process to write what this one looks for.
-        dist.barrier = lambda wait=dist.barrier, **options: (wait(**options), time.sleep(0.5))
+        dist.barrier = functools.partial(wait_long, dist.barrier)
     torch.manual_seed(0)
     settings = {
         "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
