@@ -13,9 +13,9 @@ from rich.table import Table as TerminalTable
 from fish_tuning.experiments.arms import ArmKey, searched
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.selection import ORIGINAL_LORA
+from fish_tuning.experiments.memory.estimate import ArmMemory, Memory, estimate_memory
 from fish_tuning.experiments.models.counts import count_parameters
 from fish_tuning.experiments.models.load import check_length
-from fish_tuning.experiments.models.memory import ArmMemory, Memory, estimate_memory
 from fish_tuning.experiments.runs.preflight import CheckedExperiment, check_packages
 from fish_tuning.experiments.tables import MISSING, Table
 

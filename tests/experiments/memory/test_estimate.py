@@ -22,10 +22,10 @@ from fish_tuning import calculate_fisher_information, create_mask_from_fisher
 from fish_tuning.experiments.arms import planned
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.load import load_config
+from fish_tuning.experiments.memory.estimate import estimate_memory
 from fish_tuning.experiments.models.adapters import add_adapter, trainable_tensors
 from fish_tuning.experiments.models.checkpointing import enable_checkpointing
 from fish_tuning.experiments.models.counts import count_parameters
-from fish_tuning.experiments.models.memory import estimate_memory
 from fish_tuning.experiments.runs.arguments import training_arguments
 from fish_tuning.experiments.runs.trainers import build_trainer
 from fish_tuning.selection.criteria import random_scores

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.memory.live_bytes import WithoutNumbers
+from fish_tuning.experiments.memory.training_step import batch_of, without_numbers
 from fish_tuning.experiments.models.checkpointing import enable_checkpointing
-from fish_tuning.experiments.models.live_bytes import WithoutNumbers
-from fish_tuning.experiments.models.training_step import batch_of, without_numbers
 from fish_tuning.per_example.sums import GradientSums
 from fish_tuning.scoring.calibration import trainable_parameters
 from fish_tuning.scoring.checkpointing import checkpointing

@@ -15,13 +15,13 @@ from fish_tuning.experiments.arms import Arm, ArmKey, planned
 from fish_tuning.experiments.config.devices import Devices
 from fish_tuning.experiments.config.schema import ExperimentConfig
 from fish_tuning.experiments.errors import ConfigError, first_line
+from fish_tuning.experiments.memory.live_bytes import WithoutNumbers
+from fish_tuning.experiments.memory.masked_gradients import MaskedGradients
+from fish_tuning.experiments.memory.scoring_step import peak_of_scoring
+from fish_tuning.experiments.memory.training_step import peak_of_training
 from fish_tuning.experiments.models.adapters import adapted_without_weights, trainable_tensors
 from fish_tuning.experiments.models.counts import ParameterCounts, names_left_dense
-from fish_tuning.experiments.models.live_bytes import WithoutNumbers
 from fish_tuning.experiments.models.load import DTYPES, HEADS
-from fish_tuning.experiments.models.masked_gradients import MaskedGradients
-from fish_tuning.experiments.models.scoring_step import peak_of_scoring
-from fish_tuning.experiments.models.training_step import peak_of_training
 
 logger = logging.getLogger(__name__)
 

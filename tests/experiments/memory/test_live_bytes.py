@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from benchmarks.measure import peak_memory
-from fish_tuning.experiments.models.live_bytes import WithoutNumbers
+from fish_tuning.experiments.memory.live_bytes import WithoutNumbers
 
 LLAMA = LlamaConfig(
     hidden_size=96,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from fish_tuning.experiments.config.schema import ExperimentConfig
+from fish_tuning.experiments.memory.live_bytes import WithoutNumbers
 from fish_tuning.experiments.models.checkpointing import enable_checkpointing
-from fish_tuning.experiments.models.live_bytes import WithoutNumbers
 
 _NOT_ESTIMATED: dict[str, Any] = {
     "use_cpu": True,

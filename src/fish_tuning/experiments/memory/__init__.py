@@ -1,0 +1,1 @@
+"""The memory that training and scoring an arm take, estimated without weights."""
