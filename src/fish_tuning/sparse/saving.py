@@ -184,10 +184,11 @@ def _with_folder(save_model: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(save_model)
-    def save(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_model(self, output_dir, _internal_call)
-        if _internal_call and state_of(self.model) is not None and self.is_fsdp_enabled:
-            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+    def save(self: Any, output_dir: str | None = None, **options: Any) -> None:
+        save_model(self, output_dir, **options)
+        internal = options.get("_internal_call", False)
+        if output_dir and internal and state_of(self.model) and self.is_fsdp_enabled:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
 
     return save
 
