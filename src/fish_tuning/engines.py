@@ -166,6 +166,11 @@ def is_in_zero_3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_away(parameter: Tensor) -> bool:
+    """Whether this process holds no more than DeepSpeed ZeRO-3's slice of a parameter."""
+    return parameter.numel() == 0 and is_in_zero_3(parameter)
+
+
 def _dividing_engine(model: nn.Module) -> str | None:
     """PyTorch's engine that has divided the parameters, if it is not `fully_shard`."""
     parameters = list(model.parameters())

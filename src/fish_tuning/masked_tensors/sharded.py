@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fish_tuning.engines import is_in_zero_3
+from fish_tuning.engines import is_away, is_in_zero_3
 from fish_tuning.masked_tensors import zero3
 
 _DIVIDED = "_fish_divided"
@@ -94,9 +94,9 @@ def gathered(values: list[Any], sizes: list[int], agreed: Tensor) -> Tensor:
     if any(is_sharded(value) for value in values):
         full = _complete([value for value in values if is_sharded(value)])
         parts = [next(full) if is_sharded(value) else value for value in values]
-    if any(zero3.is_away(value) for value in values):
+    if any(is_away(value) for value in values):
         known = zip(values, parts, agreed.split(sizes), strict=True)
-        parts = [last if zero3.is_away(value) else part for value, part, last in known]
+        parts = [last if is_away(value) else part for value, part, last in known]
     for part, size in zip(parts, sizes, strict=True):
         if part.numel() != size:
             if part.numel() > size:
@@ -124,7 +124,7 @@ def assign(value: Any, new: Tensor) -> None:
         return
     if is_in_zero_3(value):
         zero3.assign_slice(value, new)
-    if not zero3.is_away(value):
+    if not is_away(value):
         value.data.copy_(new.view(value.shape))
 
 

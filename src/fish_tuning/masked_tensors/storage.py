@@ -8,8 +8,8 @@ backward gathers their gradients at ``index``, the places of the selected entrie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from fish_tuning.masked_tensors.tensors import MaskedTensor, View, as_leaf
 GROUP_ENTRIES = 2**22
 """Small tensors share a node up to this size. A node waits for the gradients of all its tensors,
 so a larger group would keep many dense gradients alive at once."""
+
+
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -214,13 +217,18 @@ class _HandOut(torch.autograd.Function):
 
 def grouped(parts: Iterable[Part]) -> list[Group]:
     """Groups of neighbours of one device and type, up to GROUP_ENTRIES or one tensor each."""
-    done: list[list[Part]] = []
-    growing: dict[Any, list[Part]] = {}
-    for part in parts:
-        key = part.flat.device, part.flat.dtype
+    return [Group(group) for group in neighbours(parts, lambda part: part.flat)]
+
+
+def neighbours(items: Iterable[T], memory: Callable[[T], Tensor]) -> list[list[T]]:
+    """What shares a group, given the memory of each item."""
+    done: list[list[T]] = []
+    growing: dict[Any, list[T]] = {}
+    for item in items:
+        key = memory(item).device, memory(item).dtype
         group = growing.setdefault(key, [])
-        if group and sum(p.flat.numel() for p in [*group, part]) > GROUP_ENTRIES:
+        if group and sum(memory(each).numel() for each in [*group, item]) > GROUP_ENTRIES:
             done.append(group)
             group = growing[key] = []
-        group.append(part)
-    return [Group(parts) for parts in [*done, *growing.values()]]
+        group.append(item)
+    return [*done, *growing.values()]

@@ -15,15 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fish_tuning.engines import is_in_zero_3
+from fish_tuning.engines import is_away
 
 if TYPE_CHECKING:
     from fish_tuning.masked_tensors.storage import Group
-
-
-def is_away(value: Any) -> bool:
-    """Whether this process holds no more than a slice of values, of which there is at least one."""
-    return value.numel() == 0 and is_in_zero_3(value)
 
 
 def gather(groups: Iterable[Group]) -> None:

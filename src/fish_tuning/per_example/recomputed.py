@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from fish_tuning.engines import is_in_zero_3
+from fish_tuning.engines import is_away, is_in_zero_3
 from fish_tuning.parts import is_divided
 from fish_tuning.per_example.errors import OnePassError
 from fish_tuning.per_example.memory import is_out_of_memory
@@ -91,7 +91,7 @@ class Recomputed:
         The module runs with plain tensors in their place: neither DeepSpeed nor PEFT, which
         gathers the weights of DoRA itself, could exchange anything under torch.func's transforms.
         """
-        away = [p for p in self._divided.values() if not p.numel()]
+        away = list(filter(is_away, self._divided.values()))
         if away:
             away[0].all_gather(away)
         self._whole = {name: p.data for name, p in self._divided.items()}

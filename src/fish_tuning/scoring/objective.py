@@ -214,7 +214,7 @@ class Objective:
         if self._whole_batches.wants_own_loss(batch):
             with torch.no_grad():
                 outputs = self.forward(batch, with_labels=True)
-            self._compare(self._likelihood, batch, numbers, outputs, with_own=True)
+            self._compare(batch, numbers, outputs, with_own=True)
 
     def check_together(self, batch: Batch, losses: Sequence[Tensor]) -> None:
         """Compares losses of single examples with the loss that their batch has as a whole.
@@ -272,7 +272,7 @@ class Objective:
             check_labels(self.forward, batch)
             raise
         logits, labels = logits_of(outputs), labels_of(batch)
-        self._compare(self._likelihood, batch, numbers, outputs, with_own=comparing)
+        self._compare(batch, numbers, outputs, with_own=comparing)
         del outputs  # With the graph of the model's own loss.
         shifted = getattr(self._likelihood, "shifted", False)
         if shifted and self.forward.ignores_left_padding(batch):
@@ -290,14 +290,10 @@ class Objective:
         )
 
     def _compare(
-        self,
-        likelihood: Likelihood,
-        batch: Batch,
-        numbers: Sequence[int],
-        outputs: Any,
-        *,
-        with_own: bool,
+        self, batch: Batch, numbers: Sequence[int], outputs: Any, *, with_own: bool
     ) -> None:
+        assert self._likelihood is not None
+        likelihood = self._likelihood
         try:
             self._whole_batches.compare(likelihood, batch, numbers, outputs, with_own=with_own)
         except OwnLossError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fish_tuning.engines import is_in_zero_3
+from fish_tuning.engines import is_away, is_in_zero_3
 
 
 @contextmanager
@@ -75,7 +75,7 @@ class _Parameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
-        if parameter is not None and is_in_zero_3(parameter) and not parameter.numel():
+        if parameter is not None and is_away(parameter):
             self._on_read(self, name, parameter)
         return parameter
 

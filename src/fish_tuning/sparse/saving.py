@@ -201,20 +201,23 @@ _OF_TRAINERS = {
 }
 
 
-def _gathered(model: nn.Module, **options: Any) -> dict[str, Any]:
+def _gathered(model: nn.Module, save_embedding_layers: bool | str) -> dict[str, Any]:
     """The state dict of a model that `fully_shard` has divided, with what is to be saved complete.
 
     All processes have to call. What PEFT does not save, the frozen base model, stays divided.
 
     Args:
         model: The model.
-        **options: Those of save_pretrained that choose what PEFT saves.
+        save_embedding_layers: As in PEFT's save_pretrained.
     """
     tensors = model.state_dict()
     chosen = [tensors]
     if isinstance(model, PeftModel):
-        adapters = model.peft_config
-        chosen = [get_peft_model_state_dict(model, tensors, each, **options) for each in adapters]
+        option: Any = {"save_embedding_layers": save_embedding_layers}
+        chosen = [
+            get_peft_model_state_dict(model, tensors, adapter, **option)
+            for adapter in model.peft_config
+        ]
     saved = {id(tensor) for each in chosen for tensor in each.values()}
     return {name: whole(t) if id(t) in saved else t for name, t in tensors.items()}
 
@@ -225,8 +228,7 @@ def _save_pretrained(
     """The model's own save_pretrained, with the mask and its description beside what it writes."""
     given = kwargs.get("state_dict")
     if given is None and is_sharded(model):
-        option = "save_embedding_layers"
-        given = _gathered(model, **{option: kwargs[option]} if option in kwargs else {})
+        given = _gathered(model, kwargs.get("save_embedding_layers", "auto"))
     if given is None:
         _check_complete(state, model)
     # Trainers gather one from all processes, and then save it in the first.

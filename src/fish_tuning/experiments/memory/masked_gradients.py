@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fish_tuning.masked_tensors.storage import GROUP_ENTRIES
+from fish_tuning.masked_tensors.storage import neighbours
 
 
 class MaskedGradients:
@@ -23,7 +23,7 @@ class MaskedGradients:
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], selected: int) -> None:
         entries = sum(tensor.numel() for tensor in tensors.values())
-        self._groups = list(_grouped(tensors))
+        self._groups = neighbours(tensors.values(), lambda tensor: tensor)
         self._waiting: list[dict[nn.Parameter, Tensor]] = [{} for _ in self._groups]
         self._selected = [
             round(selected * sum(tensor.numel() for tensor in group) / entries)
@@ -58,14 +58,3 @@ class MaskedGradients:
             values = self._values[number].add_(values)
         self._values[number] = values
         self._waiting[number].clear()
-
-
-def _grouped(tensors: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours up to GROUP_ENTRIES, or one tensor, as `storage.grouped` puts them together."""
-    group: list[nn.Parameter] = []
-    for tensor in tensors.values():
-        if group and sum(other.numel() for other in [*group, tensor]) > GROUP_ENTRIES:
-            yield group
-            group = []
-        group.append(tensor)
-    yield group
