@@ -90,26 +90,34 @@ def _no_entry(shape: torch.Size, part: Part) -> Tensor:
 def _kth_highest(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Key of the k-th highest score, how many entries have it, and how many of those are taken.
 
-    Of many scores, a sample tells between which keys it lies. One look at all of them counts those
-    above and keeps the few between, which are ranked. A sample that misleads costs time only.
+    Of many scores, a sample tells between which keys it lies, and only the few between are ranked.
+    A sample that misleads costs time only.
     """
-    bits = torch.finfo(dtype).bits
     keys_of: list[KeysOf] = [partial(_ordered_keys, part.local, dtype) for part in parts]
     if (bracket := _bracket(parts, k, dtype)) is not None:
-        low, high = bracket
-        counts = torch.zeros(len(parts), 2, dtype=torch.int64)
-        kept: list[list[Tensor]] = [[] for _ in parts]
-        for part, keys_here, count, between in zip(parts, keys_of, counts, kept, strict=True):
-            above = torch.zeros((), dtype=torch.int64, device=part.local.device)
-            for keys in keys_here():
-                above += (keys > high).sum()
-                between.append(keys[(keys >= low) & (keys <= high)])
-            count[0], count[1] = above, sum(map(len, between))
-        above_all, between_all = totals(parts, counts).sum(0).tolist()
-        if above_all < k <= above_all + between_all:
-            keys_of = [partial(iter, between) for between in kept]
-            return _by_radix(parts, keys_of, k - above_all, bits)
-    return _by_radix(parts, keys_of, k, bits)
+        above, few, between = _narrowed(parts, keys_of, *bracket)
+        if above < k <= above + few:
+            keys_of, k = between, k - above
+    return _by_radix(parts, keys_of, k, torch.finfo(dtype).bits)
+
+
+def _narrowed(
+    parts: Sequence[Part], keys_of: Sequence[KeysOf], low: int, high: int
+) -> tuple[int, int, list[KeysOf]]:
+    """How many keys lie above two, how many from one to the other, and the latter themselves.
+
+    It takes one look at all keys.
+    """
+    counts = torch.zeros(len(parts), 2, dtype=torch.int64)
+    kept: list[list[Tensor]] = [[] for _ in parts]
+    for part, keys_here, count, between in zip(parts, keys_of, counts, kept, strict=True):
+        above = torch.zeros((), dtype=torch.int64, device=part.local.device)
+        for keys in keys_here():
+            above += (keys > high).sum()
+            between.append(keys[(keys >= low) & (keys <= high)])
+        count[0], count[1] = above, sum(map(len, between))
+    above_all, between_all = totals(parts, counts).sum(0).tolist()
+    return above_all, between_all, [partial(iter, between) for between in kept]
 
 
 def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int] | None:
